@@ -1,0 +1,147 @@
+"""Which backend serves a call: the table of backends, the forced choice, and the reasons.
+
+A backend is a module with the functions `<operator>_forward` / `<operator>_backward` and
+`unsupported(operator, *tensors) -> reasons`. The automatic choice goes by device and may change speed, never results.
+A forced backend (`use_backend`) never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("ffvt")
+
+BACKENDS = ("triton", "cpp", "torch", "reference")
+AUTO = ""  # the operators' `backend` argument when nothing is forced
+
+_MODULES = {"torch": "ffvt.kernels.torch_path", "reference": "ffvt.kernels.reference"}
+_NOT_BUILT = {
+    "triton": "the Triton kernels are not part of this version",
+    "cpp": "the C++ kernels are not part of this version",
+}
+_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
+_DEFAULT_PREFERENCE = ("torch",)
+
+_forced = AUTO
+_announced: set[tuple[str, str, str]] = set()
+
+
+class use_backend:
+    """Force one backend for every operator called inside the block (and for the backward of those calls).
+
+    Args:
+        name: "triton", "cpp", "torch" or "reference".
+
+    Raises:
+        ValueError: `name` is none of these.
+        NotImplementedError: from an operator inside the block, when the backend cannot serve the call; the message
+            gives every reason. A forced backend never falls back.
+
+    The choice is process-wide, not per thread. Blocks nest; the innermost one holds.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}; got name={name!r}")
+        self.name = name
+        self.outer = AUTO
+
+    def __enter__(self) -> use_backend:
+        global _forced
+        self.outer = _forced
+        _forced = self.name
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _forced
+        _forced = self.outer
+
+
+def forced_backend() -> str:
+    """The name forced by the innermost `use_backend`, or "" for the automatic choice."""
+    return _forced
+
+
+def resolve(operator: str, backend: str, *tensors: Tensor) -> ModuleType:
+    """The module that serves this call of `operator`: the forced one, or the first of the device's preference."""
+    device = tensors[0].device.type
+    if backend != AUTO:
+        reasons = _reasons(backend, operator, tensors)
+        if reasons:
+            raise NotImplementedError(f"{operator}: backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
+        return importlib.import_module(_MODULES[backend])
+    passed_over = []
+    for name in _PREFERENCE.get(device, _DEFAULT_PREFERENCE):
+        reasons = _reasons(name, operator, tensors)
+        if not reasons:
+            _announce(operator, device, name, passed_over)
+            return importlib.import_module(_MODULES[name])
+        passed_over.append(f"{name}: {'; '.join(reasons)}")
+    raise AssertionError(f"{operator}: no backend for {device}: {passed_over}")  # torch serves everything
+
+
+def _reasons(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    if backend in _NOT_BUILT:
+        return [_NOT_BUILT[backend]]
+    return importlib.import_module(_MODULES[backend]).unsupported(operator, *tensors)
+
+
+def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> None:
+    if (operator, device, name) not in _announced:
+        _announced.add((operator, device, name))
+        log.info("%s on %s: served by %s%s", operator, device, name, f" ({', '.join(passed_over)})" * bool(passed_over))
+
+
+def extension_info() -> dict[str, Any]:
+    """What the compiled extension `ffvt._C` says of its build and of this CPU, or why it is missing."""
+    try:
+        from ffvt import _C
+    except ImportError as error:
+        return {"available": False, "reason": str(error)}
+    return {"available": True, **_C.build_info(), **_C.cpu_info()}
+
+
+def info() -> dict[str, Any]:
+    """What serves each device, and why something is missing.
+
+    Returns:
+        A plain dict: versions (`ffvt`, `torch`, `triton`), `devices` (name -> the backend serving it, and why the
+        preferred ones do not), `backends` (name -> "available" or the reason), `extension` (build and CPU facts of
+        `ffvt._C`, or why it is missing), `forced` (the name forced by `use_backend`, or None).
+    """
+    from ffvt.version import __version__
+
+    backends = {name: _NOT_BUILT.get(name, "available") for name in BACKENDS}
+    devices = {}
+    for device in ("cpu", "cuda"):
+        if device == "cuda" and not torch.cuda.is_available():
+            devices[device] = {"serves": None, "why": "torch.cuda.is_available() is False"}
+            continue
+        names = _PREFERENCE[device]
+        serving = next(name for name in names if backends[name] == "available")
+        missing = [f"{name}: {backends[name]}" for name in names[: names.index(serving)]]
+        devices[device] = {"serves": serving, "why": "; ".join(missing) or "preferred"}
+    return {
+        "ffvt": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "devices": devices,
+        "backends": backends,
+        "extension": extension_info(),
+        "forced": _forced or None,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError as error:
+        return f"missing: {error}"

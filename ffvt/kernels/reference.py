@@ -1,0 +1,142 @@
+"""The definition of truth: every operator in explicit PyTorch, forward and backward.
+
+What: softmax attention with mutual attention weight selection (MAWS), the selection alone, and the token gather.
+How: the N x N map is materialised, in fp32 (fp64 for fp64 inputs) whatever the input dtype. Nothing here is fast.
+Source: FFVT (Wang, Yu, Gao; BMVC 2021; arXiv 2107.02341), section 3.2.
+
+Every other backend is checked against this file. The plain functions (`maws_attention`, ...) are differentiable by
+autograd; the `*_forward` / `*_backward` pairs are what `use_backend("reference")` runs, with the gradient written out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unsupported(operator: str, *tensors: Tensor) -> list[str]:
+    """Reasons why this backend cannot serve a call: none, it serves everything."""
+    return []
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits, statistics and sums are kept: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled logits S = scale * q kT, (B, N, H, D) x 2 -> (B, H, N, N), accumulated in `accumulator_dtype`."""
+    dtype = accumulator_dtype(q.dtype)
+    return scale * (q.to(dtype).transpose(1, 2) @ k.to(dtype).permute(0, 2, 3, 1))
+
+
+def maws_score(row: Tensor, column: Tensor) -> Tensor:
+    """Mutual attention weight from the class token's row and column of the logits.
+
+    row, column: (B, H, N), the logits S[0, :] and S[:, 0] of every head. Returns (B, N) fp32: the product of the two
+    head-means of their softmaxes, in that order (the mean comes before the product).
+    """
+    cls_attention = row.softmax(-1).mean(1)
+    contribution = column.softmax(-1).mean(1)
+    return (cls_attention * contribution).float()
+
+
+def select_top(score: Tensor, num_select: int, first_candidate: int) -> Tensor:
+    """Indices of the largest scores, best first; equal scores: lower index first; NaN ranks last.
+
+    score: (B, N). Tokens [0, first_candidate) are never picked. Returns (B, K) int64.
+    """
+    candidates = score[:, first_candidate:]
+    ranked = torch.where(candidates.isnan(), -torch.inf, candidates)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :num_select] + first_candidate
+
+
+def maws_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = attention_logits(q, k, scale)
+    score = maws_score(logits[:, :, 0, :], logits[:, :, :, 0]).detach()
+    index = select_top(score, num_select, first_candidate)
+    lse = logits.logsumexp(-1)  # (B, H, N)
+    out = (logits - lse.unsqueeze(-1)).exp() @ v.to(logits.dtype).transpose(1, 2)  # (B, H, N, D)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), index, score, lse
+
+
+def maws_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D).
+
+    Works from q, k, v and grad_out alone: `out` and `lse` are what a backend may reuse, and truth needs neither.
+    """
+    probs = attention_logits(q, k, scale).softmax(-1)  # (B, H, N, N)
+    d_out = grad_out.to(probs.dtype).transpose(1, 2)  # (B, H, N, D)
+    d_probs = d_out @ v.to(probs.dtype).permute(0, 2, 3, 1)  # (B, H, N, N)
+    delta = (probs * d_probs).sum(-1, keepdim=True)
+    d_logits = probs * (d_probs - delta)
+    dq, dk, dv = grads
+    dq.copy_((scale * d_logits @ k.to(probs.dtype).transpose(1, 2)).transpose(1, 2))
+    dk.copy_((scale * d_logits.mT @ q.to(probs.dtype).transpose(1, 2)).transpose(1, 2))
+    dv.copy_((probs.mT @ d_out).transpose(1, 2))
+
+
+def maws_select_forward(
+    q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int
+) -> tuple[Tensor, Tensor]:
+    logits = attention_logits(q, k, scale)
+    score = maws_score(logits[:, :, 0, :], logits[:, :, :, 0])
+    return select_top(score, num_select, first_candidate), score
+
+
+def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
+    check_index_range(index, x.shape[1])
+    return torch.stack([image[picks] for image, picks in zip(x, index)]) if x.shape[0] else x[:, : index.shape[1]].clone()
+
+
+def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum."""
+    one_hot = torch.nn.functional.one_hot(index, num_tokens).to(accumulator_dtype(grad.dtype))  # (B, K, N)
+    return (one_hot.mT @ grad.to(one_hot.dtype)).to(grad.dtype)
+
+
+def check_index_range(index: Tensor, num_tokens: int) -> None:
+    """IndexError unless every index is in [0, num_tokens). Reads the tensor: for host memory only."""
+    if index.numel() and not (0 <= (low := int(index.min())) and (high := int(index.max())) < num_tokens):
+        worst = low if low < 0 else high
+        raise IndexError(f"gather_tokens: index must be in [0, N={num_tokens}); got index={worst}")
+
+
+def maws_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float | None = None, first_candidate: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ffvt.maws_attention`, by the book: out (B, N, H, D), index (B, K) int64, score (B, N) fp32."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return maws_attention_forward(q, k, v, num_select, scale, first_candidate)[:3]
+
+
+def maws_attention_qkvpacked(
+    qkv: Tensor, num_select: int, scale: float | None = None, first_candidate: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ffvt.maws_attention_qkvpacked`, by the book: qkv (B, N, 3, H, D)."""
+    return maws_attention(*qkv.unbind(2), num_select, scale, first_candidate)
+
+
+def maws_select(
+    q: Tensor, k: Tensor, num_select: int, scale: float | None = None, first_candidate: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`ffvt.maws_select`, by the book: index (B, K) int64, score (B, N) fp32; no gradient."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return maws_select_forward(q.detach(), k.detach(), num_select, scale, first_candidate)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """`ffvt.gather_tokens`, by the book: x (B, N, C), index (B, K) -> (B, K, C)."""
+    return gather_tokens_forward(x, index)

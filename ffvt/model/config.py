@@ -1,0 +1,122 @@
+"""What an FFVT is made of: the configuration, its presets, and the authors' names for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FFVTConfig:
+    """The shape and the switches of a Feature Fusion Vision Transformer.
+
+    Attributes:
+        image_size: side of the square input image, pixels; a multiple of the patch's side.
+        patch_size: side of one patch, pixels.
+        num_classes: classes of the head.
+        embed_dim, depth, num_heads, mlp_dim: C, L (the fusion block included), H, hidden units of the MLP.
+        num_select: K, tokens picked by each of the first L-1 blocks.
+        feature_fusion: False gives the plain ViT of the same size.
+        first_candidate: tokens [0, first_candidate) are never picked; 0 as the authors, 1 leaves out the class token.
+        dropout: rate after the embeddings and inside the MLP, as the authors place it.
+        qkv_bias: whether the query, key and value projections have a bias.
+        layer_scale: initial value of LayerScale's per-channel factors; None for none (True means 1e-5).
+        prune_dead_rows: compute only the rows that are read in the last two blocks: exact, and faster.
+        gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
+        backbone: "r50" puts a ResNet-50 before the patches (the hybrid; needs timm); None for none.
+    """
+
+    image_size: int = 448
+    patch_size: int = 16
+    num_classes: int = 200
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    num_select: int = 12
+    feature_fusion: bool = True
+    first_candidate: int = 0
+    dropout: float = 0.1
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    prune_dead_rows: bool = True
+    gradient_checkpointing: bool = False
+    backbone: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer_scale is True or self.layer_scale is False:
+            object.__setattr__(self, "layer_scale", 1e-5 if self.layer_scale else None)
+        for name in ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim"):
+            _require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer")
+        _require(self.image_size % self.patch_size == 0, self, "image_size", f"a multiple of patch_size={self.patch_size}")
+        _require(self.embed_dim % self.num_heads == 0, self, "embed_dim", f"a multiple of num_heads={self.num_heads}")
+        _require(0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
+        _require(self.backbone in (None, "r50"), self, "backbone", "None or 'r50'")
+        if self.feature_fusion:
+            _require(self.depth >= 2, self, "depth", "at least 2 with feature_fusion")
+            _require(0 <= self.first_candidate < self.num_tokens, self, "first_candidate", f"in [0, N={self.num_tokens})")
+            candidates = self.num_tokens - self.first_candidate
+            _require(1 <= self.num_select <= candidates, self, "num_select", f"in [1, N - first_candidate = {candidates}]")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the class token and the patches."""
+        return 1 + self.grid_size**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _require(holds: bool, config: FFVTConfig, name: str, must: str) -> None:
+    if not holds:
+        raise ValueError(f"FFVTConfig: {name} must be {must}; got {name}={getattr(config, name)!r}")
+
+
+def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int, **more: Any) -> dict[str, Any]:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_dim": 4 * embed_dim}
+    return {**sizes, "patch_size": patch_size, **more}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit_s16": _size(384, 12, 6, 16),
+    "vit_s14": _size(384, 12, 6, 14, layer_scale=1e-5),  # DINOv2's shape
+    "vit_b16": _size(768, 12, 12, 16),
+    "vit_b32": _size(768, 12, 12, 32),
+    "vit_l16": _size(1024, 24, 16, 16),
+    "vit_l32": _size(1024, 24, 16, 32),
+    "vit_h14": _size(1280, 32, 16, 14),
+    "r50_vit_b16": _size(768, 12, 12, 16, backbone="r50"),
+}
+
+AUTHORS_NAMES = {
+    "ViT-B_16": "vit_b16",
+    "ViT-B_32": "vit_b32",
+    "ViT-L_16": "vit_l16",
+    "ViT-L_32": "vit_l32",
+    "ViT-H_14": "vit_h14",
+    "R50-ViT-B_16": "r50_vit_b16",
+}
+
+
+def make_config(name: str, **overrides: Any) -> FFVTConfig:
+    """The configuration of a preset (or of one of the authors' names), with fields replaced.
+
+    Raises:
+        ValueError: an unknown preset, an unknown field, or a value that does not hold; the message names it.
+    """
+    preset = PRESETS.get(AUTHORS_NAMES.get(name, name))
+    if preset is None:
+        known = ", ".join([*PRESETS, *AUTHORS_NAMES])
+        raise ValueError(f"create_model: name must be one of {known}; got name={name!r}")
+    fields = {field.name for field in dataclasses.fields(FFVTConfig)}
+    unknown = sorted(set(overrides) - fields)
+    if unknown:
+        raise ValueError(f"create_model: overrides must be FFVTConfig fields ({', '.join(sorted(fields))}); got {unknown}")
+    return FFVTConfig(**{**preset, **overrides})

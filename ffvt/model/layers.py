@@ -1,0 +1,198 @@
+"""The parts of the model: patch embedding, attention with selection, MLP, block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ffvt.kernels.ops import gather_tokens, maws_attention_qkvpacked, maws_select
+from ffvt.model.config import FFVTConfig
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, 3, S, S) -> patch tokens (B, N-1, C), row by row; optionally through a ResNet-50 first."""
+
+    def __init__(self, config: FFVTConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.backbone = _resnet50() if config.backbone else None
+        channels, patch = (self.backbone.num_features, 1) if self.backbone else (3, config.patch_size)
+        self.proj = nn.Conv2d(channels, config.embed_dim, kernel_size=patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.image_size, self.image_size):
+            expected = f"(B, 3, {self.image_size}, {self.image_size})"
+            raise ValueError(f"FFVT: images must be {expected}; got images.shape={tuple(images.shape)}")
+        if self.backbone:
+            images = self.backbone(images)
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def _resnet50() -> nn.Module:
+    """The hybrid's stem: ResNet-50 v2 (BiT), stages 3-4-9, stride 16, without its head."""
+    try:
+        from timm.layers import StdConv2dSame
+        from timm.models.resnetv2 import ResNetV2
+    except ImportError as error:
+        raise ImportError("r50_vit_b16 needs timm: pip install 'ffvt[timm]'") from error
+    return ResNetV2(
+        layers=(3, 4, 9), num_classes=0, global_pool="", preact=False, stem_type="same", conv_layer=StdConv2dSame
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, x (B, N, C) -> (B, N, C), with one packed projection for q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{type(self).__name__}: dim must be a multiple of num_heads={num_heads}; got dim={dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project_qkv(x).unbind(2)
+        return self.attend(q, k, v)
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, 3, H, D), a view of the projection's output."""
+        return self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of some query rows q (B, M, H, D) over k, v (B, N, H, D) -> (B, M, C)."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self.merge_heads(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+    def merge_heads(self, out: Tensor) -> Tensor:
+        """(B, M, H, D) -> the output projection's (B, M, C)."""
+        return self.proj(out.flatten(2))
+
+    def class_row(self, x: Tensor) -> Tensor:
+        """Row 0 of `forward(x)`, (B, 1, C): keys and values of all tokens, the query of the class token alone."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        dim = weight.shape[1]
+        q = F.linear(x[:, :1], weight[:dim], None if bias is None else bias[:dim])
+        kv = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
+        k, v = kv.view(*x.shape[:2], 2, self.num_heads, self.head_dim).unbind(2)
+        return self.attend(q.view(-1, 1, self.num_heads, self.head_dim), k, v)
+
+
+class MAWSAttention(Attention):
+    """Multi-head self-attention that also picks the K tokens of largest mutual attention weight: a drop-in module.
+
+    Args:
+        dim: C. num_heads: H. num_select: K. qkv_bias: whether the packed projection has a bias.
+        first_candidate: tokens [0, first_candidate) are never picked; 0 as the authors.
+
+    `forward` takes x (B, N, C), token 0 being the class token, and returns the attended tokens (B, N, C) and the index
+    (B, K) int64 of the picks, best first. Gradients flow through the tokens only.
+
+    Raises:
+        ValueError: dim is no multiple of num_heads, or x has fewer than first_candidate + K tokens.
+
+    Source: FFVT (arXiv 2107.02341), section 3.2.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, num_select: int, qkv_bias: bool = True, first_candidate: int = 0
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        self.num_select = num_select
+        self.first_candidate = first_candidate
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, index, _ = self.attend_and_select(x)
+        return out, index
+
+    def attend_and_select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward`, with the score (B, N) fp32 of every token as well."""
+        qkv = self.project_qkv(x)
+        out, index, score = maws_attention_qkvpacked(qkv, self.num_select, first_candidate=self.first_candidate)
+        return self.merge_heads(out), index, score
+
+    def attend_selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows of `forward(x)` that outlive the last full block: of the class token and of the picks.
+
+        Returns out (B, 1+K, C), rows (B, 1+K) int64 (0, then the index), index, score.
+        """
+        q, k, v = self.project_qkv(x).unbind(2)
+        index, score = maws_select(q, k, self.num_select, first_candidate=self.first_candidate)
+        rows = F.pad(index, (1, 0))  # the class token, then the picks
+        q = gather_tokens(q.flatten(2), rows).unflatten(2, (self.num_heads, self.head_dim))
+        return self.attend(q, k, v), rows, index, score
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between, dropout after each."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: FFVTConfig, attention: Attention) -> None:
+        super().__init__()
+        dim, scale = config.embed_dim, config.layer_scale
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = attention
+        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(dim, config.mlp_dim, config.dropout)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add_branches(x, self.attn(self.norm1(x)))
+
+    def add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Both residual additions, for whichever rows are given."""
+        x = x + self.ls1(attended)
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def class_row(self, x: Tensor) -> Tensor:
+        """Row 0 of `forward(x)`, (B, 1, C)."""
+        return self.add_branches(x[:, :1], self.attn.class_row(self.norm1(x)))
+
+
+class SelectingBlock(Block):
+    """A block whose attention picks tokens: x (B, N, C) -> x (B, N, C), picked (B, K, C), index (B, K), score (B, N)."""
+
+    def __init__(self, config: FFVTConfig) -> None:
+        heads, bias = config.num_heads, config.qkv_bias
+        super().__init__(
+            config, MAWSAttention(config.embed_dim, heads, config.num_select, bias, config.first_candidate)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attended, index, score = self.attn.attend_and_select(self.norm1(x))
+        x = self.add_branches(x, attended)
+        return x, gather_tokens(x, index), index, score
+
+    def selected_rows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`forward`, but of x only the class token (B, 1, C) is computed beside the picked tokens."""
+        attended, rows, index, score = self.attn.attend_selected(self.norm1(x))
+        kept = self.add_branches(gather_tokens(x, rows), attended)
+        return kept[:, :1], kept[:, 1:], index, score

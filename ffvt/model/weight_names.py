@@ -1,0 +1,210 @@
+"""Names of other layouts in ours: Google's .npz, the authors' state dict, timm's and our own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ffvt.model.config import FFVTConfig
+
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One source tensor and where it goes: a parameter of ours, or some of its rows."""
+
+    source: str
+    target: str
+    value: Tensor
+    rows: slice | None = None
+
+    @property
+    def is_head(self) -> bool:
+        return self.target.startswith("head.")
+
+
+@dataclass
+class Translation:
+    format: str
+    pieces: list[Piece] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)  # source name -> why
+
+
+def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool) -> Translation:
+    """Pieces for a model of `config` from a flat mapping in any known layout.
+
+    use_last: whether the source's last block and final norm fill ours.
+
+    Raises:
+        ValueError: no entry is recognised, or an entry would change what the model computes and has no place in it.
+    """
+    name, layout = _recognise(entries)
+    translation = Translation(name)
+    own_fusion = any(key.startswith(("last_block.", "transformer.encoder.ff_last_layer.")) for key in entries)
+    for key, value in entries.items():
+        piece = layout(key, value, config)
+        if piece is None:
+            _refuse_if_needed(key)
+            translation.ignored[key] = "not part of this model"
+            continue
+        block = re.match(r"blocks\.(\d+)\.(.*)", piece.target)
+        if block and int(block[1]) >= config.depth:
+            raise ValueError(f"load_weights: source must have at most {config.depth} blocks; got {key!r}")
+        is_last = block is not None and int(block[1]) == config.depth - 1
+        if is_last:
+            piece = Piece(piece.source, f"last_block.{block[2]}", piece.value, piece.rows)
+        if is_last and own_fusion:
+            translation.ignored[key] = "the source has a fusion block of its own"
+        elif (is_last or piece.target.startswith("norm.")) and not (use_last or own_fusion):
+            translation.ignored[key] = "last_block='random' leaves the fusion block and the final norm"
+        else:
+            translation.pieces.append(piece)
+    return translation
+
+
+def _refuse_if_needed(key: str) -> None:
+    if re.match(r"(blocks\.|transformer\.encoder\.layer\.|Transformer/encoderblock_|norm_pre\.|reg_token)", key):
+        raise ValueError(
+            f"load_weights: every part of the source's blocks must have a place in the model; got {key!r} "
+            "(for a timm model of another build, ffvt.add_feature_fusion keeps all its parts)"
+        )
+
+
+def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tensor, FFVTConfig], Piece | None]]:
+    keys = list(entries)
+    if any(key.startswith(("Transformer/", "embedding/", "conv_root/")) or key == "cls" for key in keys):
+        return "Google .npz", _from_google
+    if any(key.startswith("transformer.") for key in keys):
+        return "authors' state dict", _from_authors
+    if any(key.startswith(("blocks.", "last_block.", "patch_embed.")) or key in ("pos_embed", "cls_token") for key in keys):
+        ours = any(key.startswith("last_block.") for key in keys)
+        return ("ffvt" if ours else "timm state dict"), _from_timm
+    if keys and all(re.fullmatch(r"(head|norm)\.(weight|bias)", key) for key in keys):
+        return "ffvt", _from_timm
+    shown = ", ".join(map(repr, keys[:3])) or "nothing"
+    raise ValueError(f"load_weights: source must be Google's, the authors', timm's or ours; got entries {shown}")
+
+
+_OUR_BLOCK = r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma"
+_OURS = re.compile(
+    rf"cls_token|pos_embed|patch_embed\.(proj\.(weight|bias)|backbone\..+)|(norm|head)\.(weight|bias)"
+    rf"|(blocks\.\d+|last_block)\.({_OUR_BLOCK})"
+)
+
+
+def _from_timm(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
+    """timm's names are ours, but for the fusion block, which only we have."""
+    return Piece(key, key, value) if _OURS.fullmatch(key) else None
+
+
+_AUTHORS_TOP = {
+    "transformer.embeddings.position_embeddings": "pos_embed",
+    "transformer.embeddings.cls_token": "cls_token",
+    "transformer.embeddings.patch_embeddings.": "patch_embed.proj.",
+    "transformer.encoder.encoder_norm.": "norm.",
+    "transformer.encoder.ff_encoder_norm.": "norm.",
+    "head.": "head.",
+}
+_AUTHORS_BLOCK = {
+    "attention_norm": "norm1",
+    "ffn_norm": "norm2",
+    "ffn.fc1": "mlp.fc1",
+    "ffn.fc2": "mlp.fc2",
+    "attn.out": "attn.proj",
+}
+_AUTHORS_RESNET = {
+    r"root\.conv\.": "stem.conv.",
+    r"root\.gn\.": "stem.norm.",
+    r"\.downsample\.": ".downsample.conv.",
+    r"\.gn_proj\.": ".downsample.norm.",
+    r"\.gn(\d)\.": r".norm\1.",
+}
+_QKV = ("query", "key", "value")
+
+
+def _qkv_rows(part: str, config: FFVTConfig) -> slice:
+    start = _QKV.index(part) * config.embed_dim
+    return slice(start, start + config.embed_dim)
+
+
+def _from_authors(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
+    for prefix, ours in _AUTHORS_TOP.items():
+        if key.startswith(prefix):
+            return Piece(key, ours + key.removeprefix(prefix), value)
+    if "hybrid_model." in key:
+        return Piece(key, "patch_embed.backbone." + _authors_resnet(key.partition("hybrid_model.")[2]), value)
+    found = re.fullmatch(r"transformer\.encoder\.(?:layer\.(\d+)|ff_last_layer)\.(.+)\.(weight|bias)", key)
+    if not found:
+        return None
+    number, part, kind = found.groups()
+    block = "last_block" if number is None else f"blocks.{number}"
+    if part.removeprefix("attn.") in _QKV:
+        return Piece(key, f"{block}.attn.qkv.{kind}", value, _qkv_rows(part.removeprefix("attn."), config))
+    return Piece(key, f"{block}.{_AUTHORS_BLOCK[part]}.{kind}", value) if part in _AUTHORS_BLOCK else None
+
+
+def _authors_resnet(name: str) -> str:
+    """The authors' ResNet names (blocks and units from 1) in timm's (stages and blocks from 0)."""
+    name = re.sub(
+        r"body\.block(\d+)\.unit(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}.", name
+    )
+    for theirs, ours in _AUTHORS_RESNET.items():
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+_GOOGLE_TOP = {
+    "cls": "cls_token",
+    "Transformer/posembed_input/pos_embedding": "pos_embed",
+    "embedding/kernel": "patch_embed.proj.weight",
+    "embedding/bias": "patch_embed.proj.bias",
+    "Transformer/encoder_norm/scale": "norm.weight",
+    "Transformer/encoder_norm/bias": "norm.bias",
+    "head/kernel": "head.weight",
+    "head/bias": "head.bias",
+}
+_GOOGLE_BLOCK = {
+    "LayerNorm_0": "norm1",
+    "LayerNorm_2": "norm2",
+    "MlpBlock_3/Dense_0": "mlp.fc1",
+    "MlpBlock_3/Dense_1": "mlp.fc2",
+    "MultiHeadDotProductAttention_1/out": "attn.proj",
+}
+_GOOGLE_KIND = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_GOOGLE_RESNET_UNIT = {"conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}
+
+
+def _from_google(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
+    if key in _GOOGLE_TOP:
+        if key.endswith("/kernel"):
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+        return Piece(key, _GOOGLE_TOP[key], value)
+    if resnet := re.fullmatch(r"(conv_root|gn_root|block\d+/unit\d+/\w+)/(kernel|scale|bias)", key):
+        return _from_google_resnet(key, value, *resnet.groups())
+    found = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)/(kernel|scale|bias)", key)
+    if not found:
+        return None
+    number, part, kind = found[1], found[2], _GOOGLE_KIND[found[3]]
+    heads = part.removeprefix("MultiHeadDotProductAttention_1/")
+    if heads in _QKV:  # kernel (C, H, D), bias (H, D)
+        value = value.flatten(1).T if kind == "weight" else value.flatten()
+        return Piece(key, f"blocks.{number}.attn.qkv.{kind}", value, _qkv_rows(heads, config))
+    if part not in _GOOGLE_BLOCK:
+        return None
+    if found[3] == "kernel":  # attention out (H, D, C), MLP (in, out)
+        value = value.flatten(0, -2).T
+    return Piece(key, f"blocks.{number}.{_GOOGLE_BLOCK[part]}.{kind}", value)
+
+
+def _from_google_resnet(key: str, value: Tensor, part: str, kind: str) -> Piece:
+    value = value.permute(3, 2, 0, 1) if kind == "kernel" else value.flatten()
+    if part.endswith("_root"):
+        name = "stem.conv" if part == "conv_root" else "stem.norm"
+    else:
+        block, unit, leaf = part.split("/")
+        leaf = _GOOGLE_RESNET_UNIT.get(leaf) or re.sub(r"^gn", "norm", leaf)
+        name = f"stages.{int(block.removeprefix('block')) - 1}.blocks.{int(unit.removeprefix('unit')) - 1}.{leaf}"
+    return Piece(key, f"patch_embed.backbone.{name}.{_GOOGLE_KIND[kind]}", value)
