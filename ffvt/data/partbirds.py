@@ -254,7 +254,7 @@ def _paint_ground(layer: _Layer, config: PartBirdsConfig, pose: _Pose, rng: np.r
     for _ in range(round(4 * config.clutter)):
         start, end = anywhere(), anywhere()
         layer.stroke(start, end, 1.3 * unit, 0.5 * unit, _mix(_pick(rng, _BARKS), near, 0.5))
-        for share in (0.3, 0.6, 0.9):
+        for share in (0.4, 0.9):
             length, colour = _between(rng, 2.5, 4.5) * unit, _mix(_pick(rng, _LEAVES), near, 0.35)
             layer.ellipse(_mix(start, end, share), (length, 0.45 * length), _axis(_between(rng, -1, 1)), colour)
     slope = _between(rng, -0.06, 0.06)
@@ -277,11 +277,13 @@ def _paint_bird(layer: _Layer, pose: _Pose, body: Colour) -> None:
             layer.ellipse(pose.at(*start), radii, pose.turn(*third), tints[tint], tint in ("belly", "cheek"))
 
 
-def _free_places(taken: np.ndarray, side: int) -> np.ndarray:
-    """Top left corners (x, y) of the side x side squares in which the mask `taken` is False throughout: (N, 2)."""
-    sums = np.pad(taken.cumsum(0, dtype=np.int32).cumsum(1), ((1, 0), (1, 0)))
+def _free_place(taken: np.ndarray, side: int, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Top left corner (x, y) of a random side x side square in which the mask `taken` is False, if there is one."""
+    sums = np.zeros((len(taken) + 1, len(taken) + 1), np.int32)
+    np.cumsum(taken.cumsum(0, dtype=np.int32), 1, out=sums[1:, 1:])
     counts = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
-    return np.argwhere(counts == 0)[:, ::-1]
+    free = np.flatnonzero(counts == 0)
+    return divmod(int(_pick(rng, free)), len(counts))[::-1] if len(free) else None
 
 
 def _scene(config: PartBirdsConfig, rng: np.random.Generator, family: int, variety: int) -> _Scene:
@@ -297,15 +299,15 @@ def _scene(config: PartBirdsConfig, rng: np.random.Generator, family: int, varie
     taken[y : y + mark, x : x + mark] = True
     strays, others = [], [other for other in range(config.varieties) if other != variety]
     for _ in range(config.distractors):
-        places = _free_places(taken, mark + 2)
-        if not len(places):
-            raise ValueError(f"no room for {config.distractors} distractors of {mark} pixels beside the bird")
-        x, y = (int(corner) + 1 for corner in _pick(rng, places))
+        place = _free_place(taken, mark + 2, rng)
+        if place is None:
+            raise ValueError(f"no room beside the bird for {config.distractors} distractors of {mark} pixels")
+        x, y = place[0] + 1, place[1] + 1
         taken[y - 1 : y + mark + 1, x - 1 : x + mark + 1] = True
         strays.append(((x, y, x + mark, y + mark), others.pop(int(len(others) * rng.random()))))
         middle, axis, colour = (x + mark / 2, y + mark / 2), _axis(_between(rng, -1, 1)), _pick(rng, _LEAVES)
         ground.ellipse(middle, (0.82 * mark, 0.66 * mark), axis, colour)
-    grain = rng.integers(-128, 129, (size, size)) * np.float32((2 + 6 * config.clutter) / 128)
+    grain = rng.integers(-128, 128, (size, size), np.int8) * np.float32((2 + 6 * config.clutter) / 128)
     canvas = bird.pixels[:3] + ground.pixels[:3] * (1 - alpha / 255) + grain
     return _Scene(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), alpha > 0, box, tuple(strays))
 

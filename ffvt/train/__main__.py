@@ -1,0 +1,36 @@
+"""`python -m ffvt.train <flags>`, alone or as `torchrun ... -m ffvt.train <flags>`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from ffvt.train.engine import TrainResult, train
+from ffvt.train.options import parse_training_flags
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ffvt.train") -> int:
+    """Trains by the flags given; exit status 0, or 1 with a message on bad input."""
+    options = parse_training_flags(arguments, prog)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        result = train(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    print(summary(result))
+    return 0
+
+
+def summary(result: TrainResult) -> str:
+    """What a run ended with, for a reader."""
+    last, best = result.last, result.best
+    return (
+        f"last: top-1 {last.top1:.4f}, top-5 {last.top5:.4f}, loss {last.loss:.4f} on {last.count} images; "
+        f"best: top-1 {best.top1:.4f}; {result.seconds:.0f} s; {result.folder}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
