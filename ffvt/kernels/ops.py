@@ -186,10 +186,11 @@ def _check_selection(
             f"{name}: num_select must be in [1, N - first_candidate = {num_tokens - first_candidate}]; "
             f"got num_select={num_select}"
         )
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    if scale is None:
+        return head_dim**-0.5
     if not math.isfinite(scale):
         raise ValueError(f"{name}: scale must be finite; got scale={scale}")
-    return scale
+    return float(scale)
 
 
 # Registered operators. Each function below is the kernel of every device: it hands over to the backend's module.

@@ -1,0 +1,182 @@
+"""Puts the tables of the measured results into README.md.
+
+    python -m benchmarks.report            rewrite README.md
+    python -m benchmarks.report --check    change nothing; exit 1 if README.md is out of date
+
+Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
+benchmark NAME found. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
+wins. Lines without `time_ms` belong to benchmarks with tables of their own and are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT
+
+Record = Mapping[str, Any]
+MIB = 1024**2
+
+
+class ReportError(RuntimeError):
+    """The report cannot be made; the message says what is missing."""
+
+
+def read_results(folder: Path) -> list[Record]:
+    """Every timed record of the folder's JSON-lines files, oldest first within a file.
+
+    Raises:
+        ReportError: there is none, or a line is not JSON.
+    """
+    records = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
+            if "time_ms" in record:
+                records.append(record)
+    if not records:
+        raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")
+    return records
+
+
+def update(text: str, records: Iterable[Record]) -> str:
+    """README text with the section of every benchmark among the records replaced.
+
+    Raises:
+        ReportError: a benchmark's markers are missing.
+    """
+    by_benchmark: dict[str, list[Record]] = {}
+    for record in records:
+        by_benchmark.setdefault(record["benchmark"], []).append(record)
+    for name, found in by_benchmark.items():
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        section = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        body = f"{begin}\n{render(found)}\n{end}"
+        text, count = section.subn(lambda _match, body=body: body, text)
+        if count != 1:
+            raise ReportError(f"report: README must hold {begin} and {end} once, in this order; found {count} pairs")
+    return text
+
+
+def render(records: Iterable[Record]) -> str:
+    """Markdown: a caption and a table for every device, dtype and set of parameters, in order of first appearance."""
+    tables: dict[tuple, dict[tuple[str, str], Record]] = {}
+    for record in records:
+        tables.setdefault(_table_key(record), {})[record["mode"], record["case"]] = record
+    return "\n\n".join(f"{_caption(latest.values())}\n\n{render_table(latest.values())}" for latest in tables.values())
+
+
+def _table_key(record: Record) -> tuple:
+    where = record["environment"]
+    parameters = json.dumps(record["parameters"], sort_keys=True)
+    return where["device"], where["device_name"], instruction_set(where), where["threads"], record["dtype"], parameters
+
+
+def instruction_set(environment: Mapping[str, Any]) -> str:
+    """The CPU features that matrix products depend on, in words: "AVX512, AMX (bf16, int8)" or "AVX512, no AMX"."""
+    units = [flag.removeprefix("amx_") for flag in environment["cpu_flags"] if flag.startswith("amx_")]
+    amx = f"AMX ({', '.join(unit for unit in units if unit != 'tile')})" if units else "no AMX"
+    return f"{environment['cpu_capability']}, {amx}"
+
+
+def _caption(records: Iterable[Record]) -> str:
+    records = list(records)
+    newest = max(records, key=lambda record: record["date"])
+    where = newest["environment"]
+    if where["device"] == "cuda":
+        device = f"{where['device_name']}, driver {where['driver']}, CUDA {where['cuda']}"
+    else:
+        device = f"{where['device_name']} ({instruction_set(where)}), {where['threads']} threads"
+    commits = ", ".join(dict.fromkeys(str(record["environment"]["commit"]) for record in records))
+    parameters = ", ".join(f"{name} {value}" for name, value in newest["parameters"].items())
+    served = f"Ours on the {newest['served_by']} backend. " if newest.get("served_by") else ""
+    return (
+        f"**{device}; {newest['dtype']}; {parameters}.** "
+        f"torch {where['torch']}, timm {where['timm']}, commit {commits}, {newest['date'][:10]}. {served}"
+        f"Median [p20-p80] of {newest['time_ms']['n']} interleaved rounds; speed-up is the baseline's median over this "
+        "one, below 1 is slower; memory is the peak over weights, optimiser state and inputs."
+    )
+
+
+def render_table(records: Iterable[Record]) -> str:
+    """Markdown table of one run: a row per case; the modes' times, their speed-ups and peak memory."""
+    records = list(records)
+    modes = list(dict.fromkeys(record["mode"] for record in records))
+    baselines = list(dict.fromkeys(name for record in records for name in record["speedup"]))
+    rows: dict[str, dict[str, Record]] = {}
+    for record in records:
+        rows.setdefault(record["case"], {})[record["mode"]] = record
+    joined = " / ".join(modes)
+    header = [
+        "rival",
+        *(f"{mode}, ms" for mode in modes),
+        *(f"speed-up over {baseline} ({joined})" for baseline in baselines),
+        f"peak memory, MiB ({joined})",
+    ]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for case, by_mode in rows.items():
+        found = [by_mode.get(mode) for mode in modes]
+        times = [_time(record) for record in found]
+        ratios = [" / ".join(_speedup(record, baseline) for record in found) for baseline in baselines]
+        lines.append([case, *times, *ratios, " / ".join(_memory(record) for record in found)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _time(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    low, middle, high = (_digits(record["time_ms"][name]) for name in ("p20", "median", "p80"))
+    return f"{middle} [{low}-{high}]"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _speedup(record: Record | None, baseline: str) -> str:
+    if record is None or baseline not in record["speedup"]:
+        return "-"
+    return f"{record['speedup'][baseline]['medians']:.2f}"
+
+
+def _memory(record: Record | None) -> str:
+    if record is None or record["peak_memory_bytes"] is None:
+        return "-"
+    return f"{record['peak_memory_bytes'] / MIB:.0f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrites or checks the README; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON-lines files")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments = parser.parse_args(argv)
+    try:
+        if not arguments.readme.exists():
+            raise ReportError(f"report: there is no {arguments.readme.name}")
+        before = arguments.readme.read_text()
+        after = update(before, read_results(arguments.results))
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments.check and after != before:
+        print(f"report: {arguments.readme.name} is out of date; run python -m benchmarks.report", file=sys.stderr)
+        return 1
+    if not arguments.check:
+        arguments.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Shared by the tests: inputs, the fp64 truth with its error, and the authors' golden vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ffvt
+
+GOLDEN = Path(__file__).parent / "golden"
+SERVING = ("torch", "reference")  # the backends that serve this machine
+SHAPES = {  # B, N, H, D
+    "tiny": (1, 1, 1, 1),
+    "nothing aligned": (2, 7, 3, 5),
+    "one past a tile": (1, 129, 2, 32),
+    "prime": (2, 197, 3, 80),
+    "real": (1, 577, 4, 64),
+}
+
+
+def heads(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, count: int = 3) -> list[Tensor]:
+    """`count` tensors (B, N, H, D) that ask for gradients, with logits spread enough to make scores differ."""
+    return [(1.5 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(count)]
+
+
+def truth(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out and score in fp64, by explicit matmul."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    logits = scale * q @ k.mT
+    row, column = logits[:, :, 0].softmax(-1).mean(1), logits[..., 0].softmax(-1).mean(1)
+    return (logits.softmax(-1) @ v).transpose(1, 2), row * column
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same attention as plain matmuls in the dtype of q: the error that a backend may make twice."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((scale * q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference from the fp64 truth."""
+    return (found.double() - expected).abs().max().item()
+
+
+def rms(found: Tensor, expected: Tensor) -> float:
+    """Root mean square difference from the fp64 truth: what error ratios are taken of, as a maximum is one element's luck."""
+    return (found.double() - expected).square().mean().sqrt().item()
+
+
+def golden(name: str, prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays of one golden file whose names start with `prefix`, without it."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
+
+
+def tiny_model(**overrides) -> ffvt.FFVT:
+    """An FFVT of the golden vectors' size, without dropout."""
+    sizes = {"image_size": 64, "num_classes": 5, "num_select": 3, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    return ffvt.create_model("vit_b16", **{**sizes, "mlp_dim": 128, "dropout": 0.0, **overrides})
+
+
+def relative_error(found: Tensor | np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference as a share of the largest expected magnitude."""
+    found = found.detach().numpy() if isinstance(found, Tensor) else found
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
