@@ -55,7 +55,9 @@ def run_once(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     log = Path(arguments.output_dir) / name / "log.jsonl"
     if not log.exists() or '"kind": "end"' not in log.read_text():
         command = [sys.executable, "-m", "ffvt.train", *VARIANTS[variant]]
-        subprocess.run([*command, *(part for key, value in flags.items() for part in (f"--{key}", str(value)))], check=True)
+        subprocess.run(
+            [*command, *(part for key, value in flags.items() for part in (f"--{key}", str(value)))], check=True
+        )
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     end = lines[-1]
     speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]

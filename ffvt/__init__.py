@@ -1,7 +1,5 @@
 """ffvt: Feature Fusion Vision Transformer (FFVT, BMVC 2021) with fused token-selecting attention."""
 
-from ffvt.version import __version__
-
 from ffvt.kernels import reference
 from ffvt.kernels.backends import info, use_backend
 from ffvt.kernels.ops import gather_tokens, maws_attention, maws_attention_qkvpacked, maws_select
@@ -10,6 +8,7 @@ from ffvt.model.ffvt import FFVT, Selection, create_model
 from ffvt.model.layers import MAWSAttention
 from ffvt.model.timm_adapter import add_feature_fusion
 from ffvt.model.weights import LoadReport, load_weights
+from ffvt.version import __version__ as __version__
 
 __all__ = [
     "FFVT",

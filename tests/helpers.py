@@ -46,7 +46,8 @@ def worst(found: Tensor, expected: Tensor) -> float:
 
 
 def rms(found: Tensor, expected: Tensor) -> float:
-    """Root mean square difference from the fp64 truth: what error ratios are taken of, as a maximum is one element's luck."""
+    """Root mean square difference from the fp64 truth: what error ratios are taken of, as a maximum is one element's
+    luck."""
     return (found.double() - expected).square().mean().sqrt().item()
 
 

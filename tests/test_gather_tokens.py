@@ -75,7 +75,12 @@ BAD = {
     "batch": (torch.zeros(2, 5, 3), torch.zeros(3, 1, dtype=torch.int64), ValueError, r"index.shape=\(3, 1\)"),
     "past the end": (torch.zeros(1, 5, 3), torch.tensor([[1, 5]]), IndexError, "got index=5"),
     "negative": (torch.zeros(1, 5, 3), torch.tensor([[-1, 0]]), IndexError, "got index=-1"),
-    "device": (torch.zeros(1, 5, 3), torch.zeros(1, 1, dtype=torch.int64, device="meta"), ValueError, "index.device=meta"),
+    "device": (
+        torch.zeros(1, 5, 3),
+        torch.zeros(1, 1, dtype=torch.int64, device="meta"),
+        ValueError,
+        "index.device=meta",
+    ),
 }
 
 

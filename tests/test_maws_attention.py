@@ -155,7 +155,9 @@ def test_only_out_carries_a_gradient(backend, layout):
 @backends
 def test_strided_inputs_give_what_contiguous_ones_give(backend):
     wide = torch.randn(2, 3, 11, 3, 20)
-    q, k, v = (t.transpose(1, 2)[..., 4:12].requires_grad_() for t in wide.permute(3, 0, 1, 2, 4).contiguous().unbind(0))
+    q, k, v = (
+        t.transpose(1, 2)[..., 4:12].requires_grad_() for t in wide.permute(3, 0, 1, 2, 4).contiguous().unbind(0)
+    )
     assert not q.is_contiguous()
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     copies = [t.detach().contiguous().requires_grad_() for t in (q, k, v)]

@@ -61,7 +61,9 @@ def test_the_authors_state_dict_loads_from_every_container(tmp_path, suffix):
     elif suffix == "safetensors":
         save_file(tensors, path)
     else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in tensors.items()}} if suffix == "nested" else tensors, path)
+        torch.save(
+            {"state_dict": {f"module.{k}": v for k, v in tensors.items()}} if suffix == "nested" else tensors, path
+        )
     model = tiny_model()
     report = ffvt.load_weights(model, path)
     assert report.format == "authors' state dict"
@@ -104,7 +106,9 @@ def test_a_timm_state_dict_gives_the_plain_vit_the_same_features():
 
 def test_a_timm_build_we_cannot_compute_is_refused():
     with pytest.raises(ValueError, match=r"got 'blocks.0.attn.q_norm.weight'.*add_feature_fusion"):
-        ffvt.load_weights(tiny_model(), {"cls_token": torch.zeros(1, 1, 64), "blocks.0.attn.q_norm.weight": torch.ones(16)})
+        ffvt.load_weights(
+            tiny_model(), {"cls_token": torch.zeros(1, 1, 64), "blocks.0.attn.q_norm.weight": torch.ones(16)}
+        )
     with pytest.raises(ValueError, match="at most 4 blocks; got 'blocks.4.norm1.weight'"):
         ffvt.load_weights(tiny_model(), {"blocks.4.norm1.weight": torch.ones(64)})
 
@@ -144,10 +148,16 @@ def test_the_hybrid_loads_googles_names_and_the_authors():
         if name.startswith("stem."):
             part = name.split(".")[1]
             google[f"{part.replace('norm', 'gn')}_root/{kernel}"] = stored
-            authors[f"transformer.embeddings.hybrid_model.root.{part.replace('norm', 'gn')}.{name.split('.')[-1]}"] = value
+            authors[f"transformer.embeddings.hybrid_model.root.{part.replace('norm', 'gn')}.{name.split('.')[-1]}"] = (
+                value
+            )
             continue
         _, stage, _, block, *rest = name.split(".")
-        leaf = rest[0].replace("norm", "gn") if rest[0] != "downsample" else {"conv": "conv_proj", "norm": "gn_proj"}[rest[1]]
+        leaf = (
+            rest[0].replace("norm", "gn")
+            if rest[0] != "downsample"
+            else {"conv": "conv_proj", "norm": "gn_proj"}[rest[1]]
+        )
         google[f"block{int(stage) + 1}/unit{int(block) + 1}/{leaf}/{kernel}"] = stored
         leaf = "downsample" if leaf == "conv_proj" else leaf
         unit = f"transformer.embeddings.hybrid_model.body.block{int(stage) + 1}.unit{int(block) + 1}"
@@ -199,13 +209,13 @@ def hostile_sources(folder):
     (folder / "text.npz").write_text("not an archive")
     torch.save([1, 2, 3], folder / "list.pt")
     np.savez(folder / "integers.npz", **{**state, "head.bias": np.zeros(5, np.int64)})
-    np.savez(folder / "wrong_shape.npz", **{**state, "transformer.embeddings.cls_token": np.zeros((1, 1, 65), np.float32)})
+    np.savez(
+        folder / "wrong_shape.npz", **{**state, "transformer.embeddings.cls_token": np.zeros((1, 1, 65), np.float32)}
+    )
     np.savez(folder / "unknown.npz", weights=np.zeros(3, np.float32))
     with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "<f4", "fortran_order": False, "shape": (3 << 28,)}
-        )
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (3 << 28,)})
         with archive.open("cls.npy", "w", force_zip64=True) as member:
             member.write(header.getvalue())
             for _ in range(3 << 6):
@@ -218,10 +228,21 @@ def hostile(tmp_path_factory):
     return hostile_sources(tmp_path_factory.mktemp("hostile"))
 
 
-HOSTILE = (
-    "truncated.npz truncated.safetensors truncated.bin pickle.bin torch_pickle.pt objects.npz empty.bin text.npz list.pt "
-    "integers.npz wrong_shape.npz unknown.npz bomb.npz"
-).split()
+HOSTILE = [
+    "truncated.npz",
+    "truncated.safetensors",
+    "truncated.bin",
+    "pickle.bin",
+    "torch_pickle.pt",
+    "objects.npz",
+    "empty.bin",
+    "text.npz",
+    "list.pt",
+    "integers.npz",
+    "wrong_shape.npz",
+    "unknown.npz",
+    "bomb.npz",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -248,5 +269,7 @@ def test_missing_files_and_unknown_options_are_named(tmp_path):
 def test_the_report_reads_as_a_sentence():
     report = ffvt.load_weights(tiny_model(num_classes=7), GOLDEN / "google_tiny_weights.npz")
     text = str(report)
-    assert text.startswith("Google .npz: loaded 42 parameters; resized: pos_embed; left as they were: last_block.norm1.weight")
+    assert text.startswith(
+        "Google .npz: loaded 42 parameters; resized: pos_embed; left as they were: last_block.norm1.weight"
+    )
     assert "pre_logits/kernel (not part of this model)" in text

@@ -60,12 +60,20 @@ class FolderImages(Dataset):
 
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"imagefolder: data_root must hold a folder of class folders {folder.name}; got {str(folder)!r}")
+        raise ValueError(
+            f"imagefolder: data_root must hold a folder of class folders {folder.name}; got {str(folder)!r}"
+        )
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
 def open_split(
-    dataset: str, split: str, image_size: int, resize_size: int, data_root: str = "", preset: str = "default", seed: int = 0
+    dataset: str,
+    split: str,
+    image_size: int,
+    resize_size: int,
+    data_root: str = "",
+    preset: str = "default",
+    seed: int = 0,
 ) -> ImageSet:
     """One split of a data set by name.
 
@@ -76,7 +84,9 @@ def open_split(
     """
     if dataset == "imagefolder":
         if resize_size < image_size:
-            raise ValueError(f"imagefolder: resize_size must be at least img_size={image_size}; got resize_size={resize_size}")
+            raise ValueError(
+                f"imagefolder: resize_size must be at least img_size={image_size}; got resize_size={resize_size}"
+            )
         return FolderImages(data_root, split, resize_size)
     if dataset == "partbirds":
         if preset not in PARTBIRDS_PRESETS:
@@ -126,7 +136,8 @@ class StepSampler(Sampler):
     """For each step, the keys (epoch, index) of one rank's batch.
 
     The training stream is one permutation of the data after the other; step t of all ranks together takes its samples
-    [t*G, (t+1)*G), with G = batch_size * world_size, and rank r the r-th part of them. So the global batches do not depend
+    [t*G, (t+1)*G), with G = batch_size * world_size, and rank r the r-th part of them. So the global batches do not
+    depend
     on the number of ranks, no sample is dropped, and a batch may hold the end of one epoch and the start of the next.
     """
 

@@ -1,7 +1,9 @@
 """The operators: public functions, schemas, fakes, gradients, and the one point where a call reaches a backend.
 
-A public function checks its arguments and applies autocast; then it makes one registered call, `torch.ops.ffvt.<operator>`, that
-autograd, `torch.compile`, `torch.export` and CUDA graphs see as one opaque node; inside, `backends.resolve` picks the module that
+A public function checks its arguments and applies autocast; then it makes one registered call,
+`torch.ops.ffvt.<operator>`, that
+autograd, `torch.compile`, `torch.export` and CUDA graphs see as one opaque node; inside, `backends.resolve` picks
+the module that
 computes it. The forced backend travels as an argument, so that a backward runs on the backend of its forward.
 """
 
@@ -59,7 +61,8 @@ def maws_attention_qkvpacked(
     """`maws_attention` on packed q, k, v: no copy on the way in, one packed gradient on the way out.
 
     Args:
-        qkv: (B, N, 3, H, D), fp16, bf16, fp32 or fp64, any strides with unit last stride: the view of one linear layer's output.
+        qkv: (B, N, 3, H, D), fp16, bf16, fp32 or fp64, any strides with unit last stride: the view of one linear
+            layer's output.
         num_select, scale, first_candidate: as for `maws_attention`.
 
     Returns:
@@ -129,7 +132,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         raise TypeError(f"{name}: index must be int64; got index.dtype={index.dtype}")
     if x.ndim != 3 or index.ndim != 2 or x.shape[0] != index.shape[0]:
         raise ValueError(
-            f"{name}: x must be (B, N, C) and index (B, K); got x.shape={tuple(x.shape)}, index.shape={tuple(index.shape)}"
+            f"{name}: x must be (B, N, C) and index (B, K); got x.shape={tuple(x.shape)}, "
+            f"index.shape={tuple(index.shape)}"
         )
     _check_device(name, {"x": x, "index": index})
     return torch.ops.ffvt.gather_tokens(x, index, forced_backend())
@@ -180,7 +184,9 @@ def _check_selection(
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: {key} must be an int; got {key}={value!r}")
     if not 0 <= first_candidate < num_tokens:
-        raise ValueError(f"{name}: first_candidate must be in [0, N={num_tokens}); got first_candidate={first_candidate}")
+        raise ValueError(
+            f"{name}: first_candidate must be in [0, N={num_tokens}); got first_candidate={first_candidate}"
+        )
     if not 1 <= num_select <= num_tokens - first_candidate:
         raise ValueError(
             f"{name}: num_select must be in [1, N - first_candidate = {num_tokens - first_candidate}]; "
@@ -321,7 +327,11 @@ def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _attention_backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    backward = torch.ops.ffvt.maws_attention_backward if len(tensors) == 5 else torch.ops.ffvt.maws_attention_qkvpacked_backward
+    backward = (
+        torch.ops.ffvt.maws_attention_backward
+        if len(tensors) == 5
+        else torch.ops.ffvt.maws_attention_qkvpacked_backward
+    )
     grads = backward(grad_out, *tensors, ctx.scale, ctx.backend)
     return *(grads if isinstance(grads, tuple) else (grads,)), None, None, None, None
 
@@ -343,7 +353,9 @@ def _no_second_gradient(ctx: Any, *grads: Any) -> None:
 
 def _register_gradients() -> None:
     for name in ("maws_attention", "maws_attention_qkvpacked"):
-        torch.library.register_autograd(f"ffvt::{name}", _attention_backward, setup_context=_attention_setup, lib=_LIBRARY)
+        torch.library.register_autograd(
+            f"ffvt::{name}", _attention_backward, setup_context=_attention_setup, lib=_LIBRARY
+        )
     torch.library.register_autograd("ffvt::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=_LIBRARY)
     for name in ("maws_attention", "maws_attention_qkvpacked", "gather_tokens"):
         torch.library.register_autograd(f"ffvt::{name}_backward", _no_second_gradient, lib=_LIBRARY)

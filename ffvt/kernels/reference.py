@@ -98,7 +98,9 @@ def maws_select_forward(
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
     check_index_range(index, x.shape[1])
-    return torch.stack([image[picks] for image, picks in zip(x, index)]) if x.shape[0] else x[:, : index.shape[1]].clone()
+    return (
+        torch.stack([image[picks] for image, picks in zip(x, index)]) if x.shape[0] else x[:, : index.shape[1]].clone()
+    )
 
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
@@ -109,7 +111,7 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tens
 
 def check_index_range(index: Tensor, num_tokens: int) -> None:
     """IndexError unless every index is in [0, num_tokens). Reads the tensor: for host memory only."""
-    if index.numel() and not (0 <= (low := int(index.min())) and (high := int(index.max())) < num_tokens):
+    if index.numel() and not ((low := int(index.min())) >= 0 and (high := int(index.max())) < num_tokens):
         worst = low if low < 0 else high
         raise IndexError(f"gather_tokens: index must be in [0, N={num_tokens}); got index={worst}")
 

@@ -48,16 +48,24 @@ class FFVTConfig:
         if self.layer_scale is True or self.layer_scale is False:
             object.__setattr__(self, "layer_scale", 1e-5 if self.layer_scale else None)
         for name in ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim"):
-            _require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer")
-        _require(self.image_size % self.patch_size == 0, self, "image_size", f"a multiple of patch_size={self.patch_size}")
+            _require(
+                isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer"
+            )
+        _require(
+            self.image_size % self.patch_size == 0, self, "image_size", f"a multiple of patch_size={self.patch_size}"
+        )
         _require(self.embed_dim % self.num_heads == 0, self, "embed_dim", f"a multiple of num_heads={self.num_heads}")
         _require(0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
         _require(self.backbone in (None, "r50"), self, "backbone", "None or 'r50'")
         if self.feature_fusion:
             _require(self.depth >= 2, self, "depth", "at least 2 with feature_fusion")
-            _require(0 <= self.first_candidate < self.num_tokens, self, "first_candidate", f"in [0, N={self.num_tokens})")
+            _require(
+                0 <= self.first_candidate < self.num_tokens, self, "first_candidate", f"in [0, N={self.num_tokens})"
+            )
             candidates = self.num_tokens - self.first_candidate
-            _require(1 <= self.num_select <= candidates, self, "num_select", f"in [1, N - first_candidate = {candidates}]")
+            _require(
+                1 <= self.num_select <= candidates, self, "num_select", f"in [1, N - first_candidate = {candidates}]"
+            )
 
     @property
     def grid_size(self) -> int:
@@ -118,5 +126,7 @@ def make_config(name: str, **overrides: Any) -> FFVTConfig:
     fields = {field.name for field in dataclasses.fields(FFVTConfig)}
     unknown = sorted(set(overrides) - fields)
     if unknown:
-        raise ValueError(f"create_model: overrides must be FFVTConfig fields ({', '.join(sorted(fields))}); got {unknown}")
+        raise ValueError(
+            f"create_model: overrides must be FFVTConfig fields ({', '.join(sorted(fields))}); got {unknown}"
+        )
     return FFVTConfig(**{**preset, **overrides})

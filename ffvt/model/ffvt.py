@@ -154,7 +154,8 @@ def create_model(
     """A new FFVT (or, with feature_fusion=False, the plain ViT of the same size) with initial weights.
 
     Args:
-        name: vit_s16, vit_s14, vit_b16, vit_b32, vit_l16, vit_l32, vit_h14, r50_vit_b16, or the authors' name of one ("ViT-B_16").
+        name: vit_s16, vit_s14, vit_b16, vit_b32, vit_l16, vit_l32, vit_h14, r50_vit_b16, or the authors' name of one
+            ("ViT-B_16").
         image_size: S, pixels. num_classes: classes. num_select: K, tokens picked per block.
         overrides: any other field of `FFVTConfig`.
 

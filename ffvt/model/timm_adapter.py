@@ -108,14 +108,16 @@ def add_feature_fusion(
             It is used, not copied.
         num_select: K, tokens picked by each block but the last.
         num_classes: classes of the new, zero-initialised head.
-        first_candidate: tokens [0, first_candidate) are never picked. 0 is the authors' choice (class token and registers
+        first_candidate: tokens [0, first_candidate) are never picked. 0 is the authors' choice (class token and
+            registers
             can be picked); `timm_vit.num_prefix_tokens` leaves them out.
 
     Returns:
         A module: images (B, 3, S, S) -> logits (B, num_classes), and `forward_with_selection`.
 
     Raises:
-        TypeError: not a timm VisionTransformer or Eva. ValueError: no class token, attention or patch dropout, fewer than two
+        TypeError: not a timm VisionTransformer or Eva. ValueError: no class token, attention or patch dropout, fewer
+            than two
             blocks, or a value that does not hold. ImportError: timm is missing.
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
@@ -134,7 +136,9 @@ def add_feature_fusion(
         raise ValueError(f"{name}: first_candidate must be in [0, N={tokens}); got first_candidate={first_candidate}")
     if not 1 <= num_select <= tokens - first_candidate:
         limit = tokens - first_candidate
-        raise ValueError(f"{name}: num_select must be in [1, N - first_candidate = {limit}]; got num_select={num_select}")
+        raise ValueError(
+            f"{name}: num_select must be in [1, N - first_candidate = {limit}]; got num_select={num_select}"
+        )
     if num_classes < 1:
         raise ValueError(f"{name}: num_classes must be at least 1; got num_classes={num_classes}")
     timm_vit.reset_classifier(0)  # our head takes its place: no parameter without a gradient stays

@@ -11,7 +11,6 @@ from torch import Tensor
 from ffvt.model.config import FFVTConfig
 
 
-
 @dataclass(frozen=True)
 class Piece:
     """One source tensor and where it goes: a parameter of ours, or some of its rows."""
@@ -79,7 +78,9 @@ def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tenso
         return "Google .npz", _from_google
     if any(key.startswith("transformer.") for key in keys):
         return "authors' state dict", _from_authors
-    if any(key.startswith(("blocks.", "last_block.", "patch_embed.")) or key in ("pos_embed", "cls_token") for key in keys):
+    if any(
+        key.startswith(("blocks.", "last_block.", "patch_embed.")) or key in ("pos_embed", "cls_token") for key in keys
+    ):
         ours = any(key.startswith("last_block.") for key in keys)
         return ("ffvt" if ours else "timm state dict"), _from_timm
     if keys and all(re.fullmatch(r"(head|norm)\.(weight|bias)", key) for key in keys):
@@ -148,9 +149,7 @@ def _from_authors(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
 
 def _authors_resnet(name: str) -> str:
     """The authors' ResNet names (blocks and units from 1) in timm's (stages and blocks from 0)."""
-    name = re.sub(
-        r"body\.block(\d+)\.unit(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}.", name
-    )
+    name = re.sub(r"body\.block(\d+)\.unit(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}.", name)
     for theirs, ours in _AUTHORS_RESNET.items():
         name = re.sub(theirs, ours, name)
     return name

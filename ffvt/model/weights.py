@@ -25,7 +25,8 @@ MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did. `loaded`, `resized` and `left` name parameters of the model; `ignored` names the source's.
+    """What `load_weights` did. `loaded`, `resized` and `left` name parameters of the model; `ignored` names the
+    source's.
 
     format: which layout was recognised. resized: position grids that were interpolated (also in `loaded`). left: what
     keeps its value. ignored: source entry -> why it was not used.
@@ -48,9 +49,7 @@ class LoadReport:
         )
 
 
-def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random"
-) -> LoadReport:
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random") -> LoadReport:
     """Loads weights into an FFVT, in place; on any error the model is unchanged.
 
     Args:
@@ -59,7 +58,8 @@ def load_weights(
             content: Google's ViT .npz; the authors' state dict (.bin, .pt, .npz, .safetensors); ours; timm's. Partial
             mappings are fine, the rest stays as it is. A position grid of another size is interpolated as the authors
             do (bilinear, corners aligned). The head is loaded where its shape fits, else it stays.
-        last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the source
+        last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the
+            source
             has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
             A plain ViT (feature_fusion=False) always takes them.
 
@@ -73,7 +73,9 @@ def load_weights(
     if last_block not in LAST_BLOCK_CHOICES:
         raise ValueError(f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={last_block!r}")
     entries = _as_tensors(source if isinstance(source, Mapping) else _read(Path(source), model))
-    translation = translate(entries, model.config, use_last=last_block == "pretrained" or not model.config.feature_fusion)
+    translation = translate(
+        entries, model.config, use_last=last_block == "pretrained" or not model.config.feature_fusion
+    )
     report = LoadReport(translation.format, ignored=dict(translation.ignored))
     placements = _check(model, translation.pieces, report)
     with torch.no_grad():
@@ -142,7 +144,9 @@ def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tu
     parameters = dict(model.named_parameters())
     placements, wrong = [], []
     covered = dict.fromkeys(parameters, 0)
-    head_fits = all(p.target not in parameters or parameters[p.target].shape == p.value.shape for p in pieces if p.is_head)
+    head_fits = all(
+        p.target not in parameters or parameters[p.target].shape == p.value.shape for p in pieces if p.is_head
+    )
     for piece in pieces:
         if piece.target not in parameters:
             wrong.append(f"{piece.source} -> {piece.target}: the model has no such parameter")
@@ -172,7 +176,8 @@ def resize_positions(positions: Tensor, num_tokens: int) -> Tensor:
     """Position embeddings (1, M, C) for another number of tokens, (1, N, C).
 
     The class token's row stays; the square grid is interpolated bilinearly with corners aligned, which is what the
-    authors' `scipy.ndimage.zoom(order=1)` computes. A source without a class row (timm's no_embed_class) gets zeros there.
+    authors' `scipy.ndimage.zoom(order=1)` computes. A source without a class row (timm's no_embed_class) gets zeros
+    there.
 
     Raises:
         ValueError: either grid is not square.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,13 +14,15 @@ from ffvt.train.options import parse_training_flags
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m ffvt.train") -> int:
     """Trains by the flags given; exit status 0, or 1 with a message on bad input."""
     options = parse_training_flags(arguments, prog)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    is_main = os.environ.get("RANK", "0") == "0"  # the other ranks that torchrun started stay silent
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         result = train(options)
     except (ValueError, FileNotFoundError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    print(summary(result))
+    if is_main:
+        print(summary(result))
     return 0
 
 

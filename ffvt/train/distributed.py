@@ -41,7 +41,8 @@ class World:
 
 @contextmanager
 def join_world(device: str = "auto") -> Iterator[World]:
-    """Joins the process group that torchrun's environment describes (nccl on GPUs, gloo on CPUs), and leaves it at the end.
+    """Joins the process group that torchrun's environment describes (nccl on GPUs, gloo on CPUs), and leaves it at
+    the end.
 
     device: "auto" (a GPU if there is one), "cpu" or "cuda".
     """

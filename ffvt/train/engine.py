@@ -38,7 +38,8 @@ DEFAULT_LOSS_SCALE = 2.0**16
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended: the last and the best evaluation, the run's folder (log.jsonl, best/, last/), seconds spent."""
+    """Where a run ended: the last and the best evaluation, the run's folder (log.jsonl, best/, last/), seconds
+    spent."""
 
     last: Score
     best: Score
@@ -112,7 +113,9 @@ def _train(options: TrainOptions, world: World) -> TrainResult:
             if not np.isfinite(mean):
                 raise FloatingPointError(f"train: the loss must be finite; got loss={mean} at step {step}")
             images_per_second = len(losses) * len(labels) * world.size / (time.perf_counter() - since)
-            run_log.write("train", step=step, loss=mean, lr=rate, grad_norm=norm.item(), images_per_second=images_per_second)
+            run_log.write(
+                "train", step=step, loss=mean, lr=rate, grad_norm=norm.item(), images_per_second=images_per_second
+            )
             progress.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")
             losses, since = [], time.perf_counter()
         if step % options.eval_every == 0 or step == options.num_steps:
@@ -137,7 +140,8 @@ def training_step(
     """One optimiser step on this rank's batch, in `gradient_accumulation_steps` parts.
 
     images (B, 3, S, S) uint8, labels (B,) int64. Returns this rank's mean loss and the gradient norm before clipping,
-    both scalars on the device. A step that the scaler skips (inf or NaN gradients in fp16) leaves the schedule where it is.
+    both scalars on the device. A step that the scaler skips (inf or NaN gradients in fp16) leaves the schedule where
+    it is.
     """
     parts = options.gradient_accumulation_steps
     total = torch.zeros((), device=world.device)

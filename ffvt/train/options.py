@@ -63,7 +63,14 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         at_least = {
-            1: ("train_batch_size", "eval_batch_size", "num_steps", "eval_every", "gradient_accumulation_steps", "log_every"),
+            1: (
+                "train_batch_size",
+                "eval_batch_size",
+                "num_steps",
+                "eval_every",
+                "gradient_accumulation_steps",
+                "log_every",
+            ),
             0: ("warmup_steps", "workers", "loss_scale", "weight_decay", "max_grad_norm"),
         }
         for least, names in at_least.items():

@@ -1,0 +1,94 @@
+"""The command line, on real files: train, evaluate, predict, visualize, info, and what bad input says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ffvt.__main__ import main
+from tests.test_train import SMALL, flags
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on folders of pictures."""
+    root = tmp_path_factory.mktemp("cli")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for name in ("crow", "jay", "kite", "owl", "tit", "wren"):
+            (root / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 256, (70, 80, 3), np.uint8)
+                Image.fromarray(pixels).save(root / "photos" / split / name / f"{number}.jpg")
+    options = {**SMALL, "dataset": "imagefolder", "data_root": root / "photos", "output_dir": root, "name": "run"}
+    assert main(["train", *flags({**options, "resize_size": 72})]) == 0
+    return root
+
+
+def test_evaluate_repeats_what_training_found(run, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(run / "run" / "last")]) == 0
+    score = json.loads(capsys.readouterr().out)
+    ended = json.loads((run / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert score["count"] == 18
+    assert score["top1"] == ended["last"]["top1"]
+    assert score["loss"] == pytest.approx(ended["last"]["loss"], rel=1e-5)
+
+
+def test_predict_gives_five_classes_in_order_for_every_picture(run, capsys):
+    pictures = [str(run / "photos" / "test" / name / "0.jpg") for name in ("owl", "jay")]
+    assert main(["predict", "--checkpoint", str(run / "run" / "last"), *pictures]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == pictures
+    rows = [line.split() for line in lines if line.startswith(" ")]
+    assert len(rows) == 10
+    for five in (rows[:5], rows[5:]):
+        shares = [float(share.rstrip("%")) for share, _ in five]
+        assert shares == sorted(shares, reverse=True)
+        assert len({name for _, name in five} & {"crow", "jay", "kite", "owl", "tit", "wren"}) == 5
+
+
+def test_visualize_draws_a_row_per_picture(run, tmp_path):
+    output = tmp_path / "picks.png"
+    pictures = [str(run / "photos" / "test" / name / "0.jpg") for name in ("owl", "jay")]
+    assert main(["visualize", "--checkpoint", str(run / "run" / "last"), "--output", str(output), *pictures]) == 0
+    with Image.open(output) as image:
+        assert image.width > image.height > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--checkpoint", "nowhere"], "checkpoint must be a folder with training.json; got 'nowhere'"),
+        (["predict", "--checkpoint", "RUN", "missing.jpg"], "missing.jpg"),
+        (["predict", "--checkpoint", "RUN", "RUN/log.jsonl"], "log.jsonl"),
+        (["evaluate", "--checkpoint", "RUN", "--split", "val"], "val"),
+        (["train", "--dataset", "imagefolder", "--data_root", "nowhere"], "nowhere/train"),
+        (["train", "--dataset", "CUB"], "'CUB' has no reader in this version"),
+    ],
+)
+def test_bad_input_ends_with_status_one_and_one_line(run, arguments, message, capsys):
+    arguments = [argument.replace("RUN/log", str(run / "run" / "log")) for argument in arguments]
+    arguments = [str(run / "run" / "last") if argument == "RUN" else argument for argument in arguments]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.splitlines()[-1].startswith(f"ffvt {arguments[0]}: ")
+
+
+def test_info_is_json_and_says_what_serves():
+    shown = subprocess.run([sys.executable, "-m", "ffvt", "info"], capture_output=True, text=True, check=True).stdout
+    info = json.loads(shown)
+    assert info["devices"]["cpu"]["serves"] == "torch"
+    assert "not part of this version" in info["backends"]["triton"]
+
+
+def test_every_command_has_help(capsys):
+    for command in ("demo", "train", "evaluate", "predict", "visualize", "info"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert "usage: ffvt" in capsys.readouterr().out
