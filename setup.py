@@ -1,7 +1,7 @@
 """Builds the extension `ffvt._C` from csrc/. Everything else about the package is in pyproject.toml.
 
-FFVT_NO_EXT=1 skips the extension. Without a working compiler the package installs without it, and `ffvt.info()` says
-so.
+FFVT_NO_EXT=1 skips the extension. Without a working compiler the package installs without it, which
+`ffvt.info()` tells.
 """
 
 import os

@@ -137,8 +137,8 @@ class StepSampler(Sampler):
 
     The training stream is one permutation of the data after the other; step t of all ranks together takes its samples
     [t*G, (t+1)*G), with G = batch_size * world_size, and rank r the r-th part of them. So the global batches do not
-    depend
-    on the number of ranks, no sample is dropped, and a batch may hold the end of one epoch and the start of the next.
+    depend on the number of ranks, no sample is dropped, and a batch may hold the end of one epoch and the start of the
+    next.
     """
 
     def __init__(

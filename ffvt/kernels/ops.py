@@ -1,10 +1,9 @@
 """The operators: public functions, schemas, fakes, gradients, and the one point where a call reaches a backend.
 
 A public function checks its arguments and applies autocast; then it makes one registered call,
-`torch.ops.ffvt.<operator>`, that
-autograd, `torch.compile`, `torch.export` and CUDA graphs see as one opaque node; inside, `backends.resolve` picks
-the module that
-computes it. The forced backend travels as an argument, so that a backward runs on the backend of its forward.
+`torch.ops.ffvt.<operator>`, that autograd, `torch.compile`, `torch.export` and CUDA graphs see as one opaque node;
+inside, `backends.resolve` picks the module that computes it. The forced backend travels as an argument, so that a
+backward runs on the backend of its forward.
 """
 
 from __future__ import annotations
@@ -327,13 +326,11 @@ def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _attention_backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    backward = (
-        torch.ops.ffvt.maws_attention_backward
-        if len(tensors) == 5
-        else torch.ops.ffvt.maws_attention_qkvpacked_backward
-    )
-    grads = backward(grad_out, *tensors, ctx.scale, ctx.backend)
-    return *(grads if isinstance(grads, tuple) else (grads,)), None, None, None, None
+    if len(tensors) == 3:  # qkv, out, lse
+        grads = (torch.ops.ffvt.maws_attention_qkvpacked_backward(grad_out, *tensors, ctx.scale, ctx.backend),)
+    else:  # q, k, v, out, lse
+        grads = torch.ops.ffvt.maws_attention_backward(grad_out, *tensors, ctx.scale, ctx.backend)
+    return *grads, None, None, None, None
 
 
 def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -98,9 +98,8 @@ def maws_select_forward(
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
     check_index_range(index, x.shape[1])
-    return (
-        torch.stack([image[picks] for image, picks in zip(x, index)]) if x.shape[0] else x[:, : index.shape[1]].clone()
-    )
+    rows = [image[picks] for image, picks in zip(x, index)]
+    return torch.stack(rows) if rows else x.new_empty(0, index.shape[1], x.shape[2])
 
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
@@ -111,9 +110,11 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tens
 
 def check_index_range(index: Tensor, num_tokens: int) -> None:
     """IndexError unless every index is in [0, num_tokens). Reads the tensor: for host memory only."""
-    if index.numel() and not ((low := int(index.min())) >= 0 and (high := int(index.max())) < num_tokens):
-        worst = low if low < 0 else high
-        raise IndexError(f"gather_tokens: index must be in [0, N={num_tokens}); got index={worst}")
+    if index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= num_tokens:
+            worst = low if low < 0 else high
+            raise IndexError(f"gather_tokens: index must be in [0, N={num_tokens}); got index={worst}")
 
 
 def maws_attention(

@@ -94,7 +94,7 @@ def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int, **more: A
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_s16": _size(384, 12, 6, 16),
-    "vit_s14": _size(384, 12, 6, 14, layer_scale=1e-5),  # DINOv2's shape
+    "vit_s14": _size(384, 12, 6, 14, layer_scale=1.0),  # DINOv2's shape; a block without weights starts as a plain one
     "vit_b16": _size(768, 12, 12, 16),
     "vit_b32": _size(768, 12, 12, 32),
     "vit_l16": _size(1024, 24, 16, 16),

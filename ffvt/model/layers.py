@@ -178,8 +178,10 @@ class Block(nn.Module):
 
 
 class SelectingBlock(Block):
-    """A block whose attention picks tokens: x (B, N, C) -> x (B, N, C), picked (B, K, C), index (B, K), score (B,
-    N)."""
+    """A block whose attention picks tokens.
+
+    x (B, N, C) -> x (B, N, C), the picked tokens (B, K, C), index (B, K), score (B, N).
+    """
 
     def __init__(self, config: FFVTConfig) -> None:
         heads, bias = config.num_heads, config.qkv_bias

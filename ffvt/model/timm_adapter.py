@@ -109,16 +109,14 @@ def add_feature_fusion(
         num_select: K, tokens picked by each block but the last.
         num_classes: classes of the new, zero-initialised head.
         first_candidate: tokens [0, first_candidate) are never picked. 0 is the authors' choice (class token and
-            registers
-            can be picked); `timm_vit.num_prefix_tokens` leaves them out.
+            registers can be picked); `timm_vit.num_prefix_tokens` leaves them out.
 
     Returns:
         A module: images (B, 3, S, S) -> logits (B, num_classes), and `forward_with_selection`.
 
     Raises:
         TypeError: not a timm VisionTransformer or Eva. ValueError: no class token, attention or patch dropout, fewer
-            than two
-            blocks, or a value that does not hold. ImportError: timm is missing.
+            than two blocks, or a value that does not hold. ImportError: timm is missing.
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """

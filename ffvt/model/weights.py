@@ -25,11 +25,11 @@ MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did. `loaded`, `resized` and `left` name parameters of the model; `ignored` names the
-    source's.
+    """What `load_weights` did.
 
-    format: which layout was recognised. resized: position grids that were interpolated (also in `loaded`). left: what
-    keeps its value. ignored: source entry -> why it was not used.
+    format: which layout was recognised. loaded: parameters of the model that were filled whole. resized: position grids
+    that were interpolated (also in `loaded`). left: parameters that keep their value, or part of it. ignored: source
+    entry -> why it was not used.
     """
 
     format: str
@@ -59,8 +59,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
             mappings are fine, the rest stays as it is. A position grid of another size is interpolated as the authors
             do (bilinear, corners aligned). The head is loaded where its shape fits, else it stays.
         last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the
-            source
-            has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
+            source has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
             A plain ViT (feature_fusion=False) always takes them.
 
     Returns:
@@ -176,8 +175,8 @@ def resize_positions(positions: Tensor, num_tokens: int) -> Tensor:
     """Position embeddings (1, M, C) for another number of tokens, (1, N, C).
 
     The class token's row stays; the square grid is interpolated bilinearly with corners aligned, which is what the
-    authors' `scipy.ndimage.zoom(order=1)` computes. A source without a class row (timm's no_embed_class) gets zeros
-    there.
+    authors' `scipy.ndimage.zoom(order=1)` computes. A source without a class row (timm's no_embed_class) gets
+    zeros there.
 
     Raises:
         ValueError: either grid is not square.

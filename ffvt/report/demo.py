@@ -49,8 +49,7 @@ RECIPE = TrainOptions(
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: test accuracy, the coarse-only ceiling, hit rate per layer and of random picks, the
-    report."""
+    """What the demo found: test accuracy and its coarse-only ceiling, hit rates per layer and by chance, the report."""
 
     accuracy: float
     ceiling: float

@@ -72,9 +72,8 @@ def selection_grid(
 ) -> Figure:
     """A row per image: the picture, then for each layer the same with all but the picked patches dimmed.
 
-    images: uint8 (3, S, S) each; index: (B, L-1, K), the class token being 0; captions: text and whether it is good
-        news;
-    boxes: the mark, outlined in the first column. A layer that picked the class token says so.
+    images: uint8 (3, S, S) each; index: (B, L-1, K), the class token being 0; captions: text, and whether it is
+    good news; boxes: the mark, outlined in the first column. A layer that picked the class token says so.
     """
     rows, layers = index.shape[:2]
     figure = Figure(figsize=(2.1 * (layers + 1), 2.3 * rows + 0.3), layout="constrained")

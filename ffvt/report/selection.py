@@ -15,9 +15,8 @@ from ffvt.model.ffvt import FFVT
 def hit_rate(index: Tensor, on_mark: Tensor) -> Tensor:
     """Share of the selected tokens that lie on the mark, per layer.
 
-    index: (B, L-1, K) int64, what each layer picked; on_mark: (B, N) bool, which tokens overlap the mark (the class
-        token
-    never does). Returns (L-1,) fp64.
+    index: (B, L-1, K) int64, what each layer picked; on_mark: (B, N) bool, which tokens overlap the mark (the
+    class token never does). Returns (L-1,) fp64.
     """
     hits = on_mark.unsqueeze(1).expand(-1, index.shape[1], -1).gather(2, index)
     return hits.double().mean(dim=(0, 2))

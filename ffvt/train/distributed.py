@@ -41,10 +41,9 @@ class World:
 
 @contextmanager
 def join_world(device: str = "auto") -> Iterator[World]:
-    """Joins the process group that torchrun's environment describes (nccl on GPUs, gloo on CPUs), and leaves it at
-    the end.
+    """Joins the process group that torchrun's environment describes, and leaves it at the end.
 
-    device: "auto" (a GPU if there is one), "cpu" or "cuda".
+    device: "auto" (a GPU if there is one), "cpu" (gloo) or "cuda" (nccl).
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

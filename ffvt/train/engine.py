@@ -38,8 +38,7 @@ DEFAULT_LOSS_SCALE = 2.0**16
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended: the last and the best evaluation, the run's folder (log.jsonl, best/, last/), seconds
-    spent."""
+    """Where a run ended: the last and the best evaluation, its folder (log.jsonl, best/, last/), its seconds."""
 
     last: Score
     best: Score
@@ -140,8 +139,7 @@ def training_step(
     """One optimiser step on this rank's batch, in `gradient_accumulation_steps` parts.
 
     images (B, 3, S, S) uint8, labels (B,) int64. Returns this rank's mean loss and the gradient norm before clipping,
-    both scalars on the device. A step that the scaler skips (inf or NaN gradients in fp16) leaves the schedule where
-    it is.
+    both scalars on the device. A step that the scaler skips (fp16 gradients overflowed) does not advance the schedule.
     """
     parts = options.gradient_accumulation_steps
     total = torch.zeros((), device=world.device)

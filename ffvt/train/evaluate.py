@@ -19,8 +19,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found: images counted, share classified right at first, share within the first five, mean
-    loss."""
+    """What an evaluation found: images counted, shares right at first and within the first five, mean loss."""
 
     count: int
     top1: float
