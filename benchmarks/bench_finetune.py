@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import append_results, environment
+from benchmarks.report import render_accuracies
 
 VARIANTS = {
     "FFVT, the authors' defaults": ["--feature_fusion"],
@@ -64,8 +65,8 @@ def run_once(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     return {
         "variant": variant,
         "seed": seed,
-        "precision": arguments.precision,
-        "num_steps": arguments.num_steps,
+        "parameters": f"vit_s14 at {RECIPE['img_size']} px, {arguments.num_steps} steps of {RECIPE['train_batch_size']}, "
+        f"SGD {RECIPE['learning_rate']}, {arguments.precision}",
         "top1": end["last"]["top1"],
         "images": end["last"]["count"],
         "seconds": end["seconds"],
@@ -85,12 +86,9 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/finetune.jsonl")
     arguments = parser.parse_args()
     results = [run_once(variant, seed, arguments) for seed in arguments.seeds for variant in VARIANTS]
-    append_results(Path(arguments.out), [{"benchmark": "finetune", **environment(), **result} for result in results])
-    print("| variant | " + " | ".join(f"seed {seed}" for seed in arguments.seeds) + " | mean |")
-    print("|---|" + "---|" * (len(arguments.seeds) + 1))
-    for variant in VARIANTS:
-        found = [result["top1"] for result in results if result["variant"] == variant]
-        print(f"| {variant} | " + " | ".join(f"{top1:.3f}" for top1 in found) + f" | {statistics.mean(found):.3f} |")
+    records = [{"benchmark": "finetune", "environment": environment("cpu"), **result} for result in results]
+    append_results(Path(arguments.out), records)
+    print(render_accuracies(records))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
 benchmark NAME found. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
-wins. Lines without `time_ms` belong to benchmarks with tables of their own and are passed over.
+wins. Lines with `top1` make a table of accuracies, a column per seed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ReportError(RuntimeError):
 
 
 def read_results(folder: Path) -> list[Record]:
-    """Every timed record of the folder's JSON-lines files, oldest first within a file.
+    """Every record of the folder's JSON-lines files, oldest first within a file.
 
     Raises:
         ReportError: there is none, or a line is not JSON.
@@ -41,8 +41,7 @@ def read_results(folder: Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
-            if "time_ms" in record:
-                records.append(record)
+            records.append(record)
     if not records:
         raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")
     return records
@@ -60,7 +59,8 @@ def update(text: str, records: Iterable[Record]) -> str:
     for name, found in by_benchmark.items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
         section = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        body = f"{begin}\n{render(found)}\n{end}"
+        tables = render(found) if "time_ms" in found[0] else render_accuracies(found)
+        body = f"{begin}\n{tables}\n{end}"
         text, count = section.subn(lambda _match, body=body: body, text)
         if count != 1:
             raise ReportError(f"report: README must hold {begin} and {end} once, in this order; found {count} pairs")
@@ -129,6 +129,24 @@ def render_table(records: Iterable[Record]) -> str:
         ratios = [" / ".join(_speedup(record, baseline) for record in found) for baseline in baselines]
         lines.append([case, *times, *ratios, " / ".join(_memory(record) for record in found)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def render_accuracies(records: Iterable[Record]) -> str:
+    """Markdown: a caption and a row per variant with the top-1 accuracy of every seed; the latest run of each wins."""
+    latest = {(record["variant"], record["seed"]): record for record in records}
+    variants, seeds = (list(dict.fromkeys(key[part] for key in latest)) for part in (0, 1))
+    newest = list(latest.values())[-1]
+    where = newest["environment"]
+    caption = (
+        f"**{newest['parameters']}.** {where['device_name']}, torch {where['torch']}, commit {where['commit']}. Top-1 on "
+        f"{newest['images']} test images; training at {newest['train_images_per_second']:.0f} images/s."
+    )
+    lines = [["variant", *(f"seed {seed}" for seed in seeds), "mean"], ["---", *["---:"] * (len(seeds) + 1)]]
+    for variant in variants:
+        found = [latest[variant, seed]["top1"] for seed in seeds if (variant, seed) in latest]
+        cells = [f"{latest[variant, seed]['top1']:.3f}" if (variant, seed) in latest else "not run" for seed in seeds]
+        lines.append([variant, *cells, f"{sum(found) / len(found):.3f}"])
+    return caption + "\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _time(record: Record | None) -> str:
