@@ -65,8 +65,8 @@ def run_once(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
     return {
         "variant": variant,
         "seed": seed,
-        "parameters": f"vit_s14 at {RECIPE['img_size']} px, {arguments.num_steps} steps of {RECIPE['train_batch_size']}, "
-        f"SGD {RECIPE['learning_rate']}, {arguments.precision}",
+        "parameters": f"vit_s14 at {RECIPE['img_size']} px, {arguments.num_steps} steps of "
+        f"{RECIPE['train_batch_size']}, SGD {RECIPE['learning_rate']}, {arguments.precision}",
         "top1": end["last"]["top1"],
         "images": end["last"]["count"],
         "seconds": end["seconds"],

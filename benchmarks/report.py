@@ -5,7 +5,7 @@
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
 benchmark NAME found. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
-wins. Lines with `top1` make a table of accuracies, a column per seed.
+wins. Lines with `top1` make a table of accuracies, a column per seed. Other lines are passed over.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ReportError(RuntimeError):
 
 
 def read_results(folder: Path) -> list[Record]:
-    """Every record of the folder's JSON-lines files, oldest first within a file.
+    """Every timing and accuracy of the folder's JSON-lines files, oldest first within a file.
 
     Raises:
         ReportError: there is none, or a line is not JSON.
@@ -41,7 +41,8 @@ def read_results(folder: Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
-            records.append(record)
+            if "time_ms" in record or "top1" in record:
+                records.append(record)
     if not records:
         raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")
     return records
@@ -138,8 +139,8 @@ def render_accuracies(records: Iterable[Record]) -> str:
     newest = list(latest.values())[-1]
     where = newest["environment"]
     caption = (
-        f"**{newest['parameters']}.** {where['device_name']}, torch {where['torch']}, commit {where['commit']}. Top-1 on "
-        f"{newest['images']} test images; training at {newest['train_images_per_second']:.0f} images/s."
+        f"**{newest['parameters']}.** {where['device_name']}, torch {where['torch']}, commit {where['commit']}. "
+        f"Top-1 on {newest['images']} test images; training at {newest['train_images_per_second']:.0f} images/s."
     )
     lines = [["variant", *(f"seed {seed}" for seed in seeds), "mean"], ["---", *["---:"] * (len(seeds) + 1)]]
     for variant in variants:

@@ -297,3 +297,13 @@ def test_the_report_says_what_is_missing(quick: Path, tmp_path: Path, capsys: py
     (empty / "model.jsonl").write_text("{broken\n")
     assert run_report(readme, empty, "--check") == 1
     assert "model.jsonl:1 is not JSON" in capsys.readouterr().err
+
+
+def test_the_table_of_accuracies_has_a_column_per_seed_and_says_what_was_not_run():
+    shared = {"benchmark": "finetune", "environment": harness.environment(), "parameters": "tiny", "images": 9}
+    shared["train_images_per_second"] = 1.0
+    runs = [("fused", 0, 0.5), ("plain", 0, 0.25), ("fused", 1, 0.1), ("fused", 1, 0.7)]
+    table = report.render_accuracies([{**shared, "variant": v, "seed": s, "top1": a} for v, s, a in runs]).splitlines()
+    assert table[2] == "| variant | seed 0 | seed 1 | mean |"
+    assert table[4] == "| fused | 0.500 | 0.700 | 0.600 |"
+    assert table[5] == "| plain | 0.250 | not run | 0.250 |"

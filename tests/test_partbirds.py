@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ffvt.data.partbirds import MARKS, PRESETS, PartBirds, PartBirdsConfig, _mark
+from ffvt.data.partbirds import PRESETS, PartBirds
+from ffvt.data.partbirds_drawing import MARKS, PartBirdsConfig, _mark
 
 FIRST_SIXTEEN = "a7cccd92cdc74cd85d21f67c29916a782dfdd0b42663c2526d45b7ff67daf248"
 
