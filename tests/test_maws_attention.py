@@ -327,17 +327,25 @@ def test_the_backward_runs_on_the_backend_of_its_forward(monkeypatch):
 PEAK_MEMORY = """
 import resource, torch, ffvt
 torch.set_num_threads(1)
-tokens, heads, dim = 4097, 4, 16
-ffvt.maws_attention_qkvpacked(torch.randn(1, 65, 3, heads, dim, requires_grad=True), 12)[0].sum().backward()
-qkv = torch.randn(1, tokens, 3, heads, dim, requires_grad=True)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ffvt.maws_attention_qkvpacked(qkv, 12)[0].sum().backward()
-growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(growth / (tokens * tokens * 4))
+TOKENS = 4097
+def operator(tokens):
+    return ffvt.maws_attention_qkvpacked(torch.randn(1, tokens, 3, 4, 16, requires_grad=True), 12)[0]
+def model(tokens):
+    side = round((tokens - 1) ** 0.5)
+    sizes = dict(embed_dim=32, depth=3, num_heads=2, mlp_dim=32, patch_size=2, image_size=2 * side, num_classes=2)
+    return ffvt.create_model("vit_s16", **sizes)(torch.randn(1, 3, 2 * side, 2 * side))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+{name}(65).sum().backward()
+before = peak()
+{name}(TOKENS).sum().backward()
+print((peak() - before) / (TOKENS * TOKENS * 4))
 """
 
 
-def test_no_map_of_n_by_n_exists_forward_or_backward():
+@pytest.mark.parametrize("name", ["operator", "model"])
+def test_no_map_of_n_by_n_exists_forward_or_backward(name):
     """Peak memory of a forward and backward at N = 4,097 grows by less than half of one head's fp32 map."""
-    result = subprocess.run([sys.executable, "-c", PEAK_MEMORY], capture_output=True, text=True, check=True)
+    code = PEAK_MEMORY.format(name=name)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.5

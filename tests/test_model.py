@@ -1,5 +1,7 @@
 """FFVT, its configuration and its drop-in attention: parity with the authors, exact shortcuts, bad input."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,19 @@ def test_compiles_in_one_graph():
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler of torch.compile needs g++")
+def test_the_default_compiler_trains_in_one_graph():
+    model = tiny_model(depth=2)
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 64, 64)
+    grads = []
+    for run in (torch.compile(model, fullgraph=True), model):
+        model.zero_grad()
+        run(images).sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_autocast_trains():
