@@ -9,7 +9,7 @@ from pathlib import Path
 from ffvt.data.partbirds import PRESETS, PartBirds
 from ffvt.report.page import Page
 from ffvt.report.pictures import hit_rate_bars, selection_grid, training_curve
-from ffvt.report.selection import hit_rate, random_hit_rate, study_selection
+from ffvt.report.selection import SelectionStudy, hit_rate, random_hit_rate, study_selection
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
 from ffvt.train.options import TrainOptions
@@ -58,6 +58,11 @@ class DemoResult:
     report: Path
     training: TrainResult
 
+    @property
+    def mean_hit_rate(self) -> float:
+        """The hit rate over all selecting layers."""
+        return sum(self.hit_rates) / len(self.hit_rates)
+
 
 def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     """Trains by `options` (a PartBirds run), writes `output`/report.html and the run's log and models beside it."""
@@ -75,63 +80,76 @@ def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
         report=output / "report.html",
         training=training,
     )
-    log = [json.loads(line) for line in (training.folder / "log.jsonl").read_text().splitlines()]
-    captions = []
-    for i in range(SHOWN):
-        predicted, true = int(study.predictions[i]), birds.labels[i]
-        captions.append(
-            (birds.classes[true] if predicted == true else f"took for {birds.classes[predicted]}", predicted == true)
-        )
-    images, boxes = [birds[i][0] for i in range(SHOWN)], [birds.box(i) for i in range(SHOWN)]
-    grid = selection_grid(images, study.index[:SHOWN], model.config.patch_size, captions, boxes)
-    page = _page(result, options)
-    page.heading("Did it learn?")
-    page.figure(training_curve(log, result.ceiling), "training loss and test accuracy over the steps")
-    page.heading("Where does it look?")
-    page.paragraph(
-        f"Each of the first {len(result.hit_rates)} layers picks {options.num_token} of "
-        f"{study.on_mark.shape[1] - 1} patches by "
-        "mutual attention weight; only these reach the last layer. Nothing tells the model where the mark is."
-    )
-    page.figure(hit_rate_bars(result.hit_rates, result.random_hit_rate), "hit rate of the picks per layer")
-    page.heading("What did each layer pick?")
-    page.paragraph(
-        "Test birds never seen in training, not sorted out. Left: the picture, its mark framed in green; the "
-        "name above is "
-        "green where the prediction is right. Then the patches that each layer picked, framed; the rest is dimmed."
-    )
-    page.figure(grid, "test birds with the patches each layer picked")
+    page = Page("FFVT learns which patches matter")
+    _introduce(page, result, options)
+    _show_learning(page, result)
+    _show_selection(page, result, options, study, birds)
     page.footer(_small_print(model, options, training))
     result.report.write_text(page.render())
     return result
 
 
-def _page(result: DemoResult, options: TrainOptions) -> Page:
+def _introduce(page: Page, result: DemoResult, options: TrainOptions) -> None:
     birds = PRESETS[options.preset]
-    page = Page("FFVT learns which patches matter")
     page.paragraph(
         f"PartBirds draws {birds.families} families of birds, told apart by colour, each in {birds.varieties} "
-        f"varieties that differ "
-        "in one small mark on the wing and in nothing else; stray marks beside the bird belong to other "
-        "varieties. A model that sees "
-        f"only colour gets {result.ceiling:.0%} right. This one was trained from scratch, on this machine."
+        f"varieties "
+        "that differ in one small mark on the wing and in nothing else; stray marks beside the bird belong to other "
+        f"varieties. A model that sees only colour gets {result.ceiling:.0%} right. This one was trained from "
+        f"scratch, on "
+        "this machine."
     )
-    mean = sum(result.hit_rates) / len(result.hit_rates)
     page.facts(
         [
             (
                 f"{result.accuracy:.1%}",
-                f"test accuracy on {result.training.last.count} birds; {result.ceiling:.0%} from colour alone",
+                f"test accuracy on {result.training.last.count} birds; {result.ceiling:.0%} by colour",
             ),
-            (f"{mean:.1%}", f"of the selected patches lie on the mark; {result.random_hit_rate:.1%} of random ones"),
-            (f"{mean / result.random_hit_rate:.1f}x", "as often on the mark as by chance"),
             (
-                f"{result.training.seconds:.0f} s",
-                f"for {options.num_steps} steps of {options.train_batch_size} images, evaluations included",
+                f"{result.mean_hit_rate:.1%}",
+                f"of the selected patches lie on the mark; {result.random_hit_rate:.1%} by chance",
             ),
+            (f"{result.mean_hit_rate / result.random_hit_rate:.1f}x", "as often on the mark as random picks"),
+            (f"{result.training.seconds:.0f} s", f"for {options.num_steps} steps of {options.train_batch_size} images"),
         ]
     )
-    return page
+
+
+def _show_learning(page: Page, result: DemoResult) -> None:
+    log = [json.loads(line) for line in (result.training.folder / "log.jsonl").read_text().splitlines()]
+    page.heading("Did it learn?")
+    page.figure(training_curve(log, result.ceiling), "training loss and test accuracy over the steps")
+
+
+def _show_selection(
+    page: Page, result: DemoResult, options: TrainOptions, study: SelectionStudy, birds: PartBirds
+) -> None:
+    page.heading("Where does it look?")
+    page.paragraph(
+        f"Each of the first {len(result.hit_rates)} layers picks {options.num_token} of "
+        f"{study.on_mark.shape[1] - 1} patches "
+        "by mutual attention weight; only these and the class token reach the last layer. Nothing tells the "
+        "model where the "
+        "mark is."
+    )
+    page.figure(hit_rate_bars(result.hit_rates, result.random_hit_rate), "hit rate of the picks per layer")
+    page.heading("What did each layer pick?")
+    page.paragraph(
+        "The first test birds, never seen in training. Left: the picture, its mark framed in green, its class "
+        "in green where "
+        "the prediction is right. Then the patches that each layer picked, framed; the rest is dimmed."
+    )
+    shown = range(min(SHOWN, len(study.predictions)))
+    captions = [_caption(birds.classes, int(study.predictions[i]), birds.labels[i]) for i in shown]
+    images, boxes = [birds[i][0] for i in shown], [birds.box(i) for i in shown]
+    grid = selection_grid(images, study.index[: len(shown)], options.patch_size, captions, boxes)
+    page.figure(grid, "test birds with the patches each layer picked")
+
+
+def _caption(classes: list[str], predicted: int, true: int) -> tuple[str, bool]:
+    if predicted == true:
+        return classes[true], True
+    return f"{classes[true]}, taken for {classes[predicted]}", False
 
 
 def _small_print(model: object, options: TrainOptions, training: TrainResult) -> str:
@@ -147,11 +165,10 @@ def _small_print(model: object, options: TrainOptions, training: TrainResult) ->
 def summary(result: DemoResult) -> str:
     """The result in three lines, for a terminal."""
     rates = ", ".join(f"{rate:.1%}" for rate in result.hit_rates)
-    mean = sum(result.hit_rates) / len(result.hit_rates)
+    accuracy, hits = result.accuracy / result.ceiling, result.mean_hit_rate / result.random_hit_rate
     return (
-        f"test accuracy   {result.accuracy:.1%} ({result.accuracy / result.ceiling:.1f}x the "
-        f"{result.ceiling:.0%} that colour alone gives)\n"
-        f"hit rate        {mean:.1%} of the selected patches lie on the mark, per layer {rates}; "
-        f"random picks {result.random_hit_rate:.1%} ({mean / result.random_hit_rate:.1f}x)\n"
+        f"test accuracy   {result.accuracy:.1%}, {accuracy:.1f}x the {result.ceiling:.0%} that colour alone gives\n"
+        f"hit rate        {result.mean_hit_rate:.1%} of the selected patches lie on the mark (per layer {rates}), "
+        f"{hits:.1f}x the {result.random_hit_rate:.1%} of random picks\n"
         f"report          {result.report}"
     )
