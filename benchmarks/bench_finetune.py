@@ -20,10 +20,10 @@ from benchmarks.report import render_accuracies
 
 VARIANTS = {
     "FFVT, the authors' defaults": ["--feature_fusion"],
-    "FFVT, last block pretrained, class token never picked": [
-        *("--feature_fusion", "--last_block", "pretrained", "--first_candidate", "1")
+    "FFVT, last block pretrained, class token never picked, no dropout": [
+        *("--feature_fusion", "--last_block", "pretrained", "--first_candidate", "1", "--dropout", "0")
     ],
-    "plain ViT, same flags": ["--last_block", "pretrained"],
+    "plain ViT, no dropout": ["--dropout", "0"],
 }
 RECIPE = {
     "dataset": "imagefolder",

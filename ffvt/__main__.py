@@ -10,11 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAM = "ffvt"
-USAGE_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    OSError,
-)  # what bad input raises; anything else is our mistake and shows its trace
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -37,13 +32,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     image_size = checkpoint.model.config.image_size
     dataset = arguments.dataset or options["dataset"]
     root = arguments.data_root or options["data_root"]
+    classes = checkpoint.facts["classes"]
     images = open_split(
-        dataset, arguments.split, image_size, options["resize_size"], root, options["preset"], options["seed"]
+        dataset,
+        arguments.split,
+        image_size,
+        checkpoint.facts["resize_size"],
+        root,
+        options["preset"],
+        options["seed"],
+        classes,
     )
-    if list(images.classes) != checkpoint.facts["classes"]:
-        raise ValueError(
-            f"evaluate: the classes of {dataset} must be those of the checkpoint; got {len(images.classes)} others"
-        )
+    if list(images.classes) != classes:
+        raise ValueError(f"{dataset} must have the classes of the checkpoint; got {list(images.classes)[:3]} and so on")
     with join_world(arguments.device) as world:
         view = EvaluationView(images, image_size)
         score = run(
@@ -81,7 +82,7 @@ def visualize(arguments: argparse.Namespace) -> None:
     names = [checkpoint.facts["classes"][label] for label in logits.argmax(1).tolist()]
     config = checkpoint.model.config
     patch = config.image_size // config.grid_size
-    figure = selection_grid(images, selection.index, patch, [(name, True) for name in names])
+    figure = selection_grid(images, selection.index, patch, [(name, None) for name in names])
     Path(arguments.output).write_bytes(png(figure))
     print(arguments.output)
 
@@ -93,8 +94,8 @@ def _load_for(arguments: argparse.Namespace) -> tuple:
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     checkpoint.model.eval()
-    size, resize = checkpoint.model.config.image_size, checkpoint.facts["options"]["resize_size"]
-    return checkpoint, [center_crop(load_image(path, max(resize, size)), size) for path in arguments.images]
+    size, resize = checkpoint.model.config.image_size, checkpoint.facts["resize_size"]
+    return checkpoint, [center_crop(load_image(path, resize), size) for path in arguments.images]
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -127,7 +128,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
     command = add(predict, "classify pictures: the most probable classes of each")
     command.add_argument("--checkpoint", required=True, help="folder written by training: .../best or .../last")
-    command.add_argument("--top", type=int, default=5, help="classes to show (default: 5)")
+    command.add_argument(
+        "--top", type=int, choices=range(1, 1001), default=5, metavar="N", help="classes to show (default: 5)"
+    )
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command = add(visualize, "draw which patches each layer picks in pictures")
     command.add_argument("--checkpoint", required=True, help="folder written by training: .../best or .../last")
@@ -144,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ffvt.train.__main__ import main as train
 
         return train(arguments[1:], prog=f"{PROGRAM} train")
+    from ffvt.train.__main__ import USAGE_ERRORS
+
     parsed = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:

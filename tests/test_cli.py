@@ -6,9 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ffvt.__main__ import main
+from ffvt.data.transforms import center_crop, load_image, normalize
+from ffvt.train.checkpoint import load_checkpoint
 from tests.test_train import SMALL, flags
 
 
@@ -44,10 +47,15 @@ def test_predict_gives_five_classes_in_order_for_every_picture(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == pictures
     rows = [line.split() for line in lines if line.startswith(" ")]
+    checkpoint = load_checkpoint(run / "run" / "last")
+    images = torch.stack([center_crop(load_image(path, 72), 64) for path in pictures])
+    best = checkpoint.model.eval()(normalize(images)).softmax(-1).topk(5).values
+    expected = [[float(f"{share:.1%}".rstrip("%")) for share in image] for image in best.tolist()]
     assert len(rows) == 10
     for five in (rows[:5], rows[5:]):
         shares = [float(share.rstrip("%")) for share, _ in five]
         assert shares == sorted(shares, reverse=True)
+        assert shares == expected.pop(0)
         assert len({name for _, name in five} & {"crow", "jay", "kite", "owl", "tit", "wren"}) == 5
 
 
@@ -65,6 +73,7 @@ def test_visualize_draws_a_row_per_picture(run, tmp_path):
         (["evaluate", "--checkpoint", "nowhere"], "checkpoint must be a folder with training.json; got 'nowhere'"),
         (["predict", "--checkpoint", "RUN", "missing.jpg"], "missing.jpg"),
         (["predict", "--checkpoint", "RUN", "RUN/log.jsonl"], "log.jsonl"),
+        (["train", "--dataset", "partbirds", "--img_size", "64", "--output_dir", "RUN/log.jsonl"], "log.jsonl"),
         (["evaluate", "--checkpoint", "RUN", "--split", "val"], "val"),
         (["train", "--dataset", "imagefolder", "--data_root", "nowhere"], "nowhere/train"),
         (["train", "--dataset", "CUB"], "'CUB' has no reader in this version"),

@@ -31,6 +31,9 @@ def test_info_names_the_reason_for_everything_that_is_missing():
     assert info["forced"] is None
     with ffvt.use_backend("reference"), ffvt.use_backend("torch"):
         assert ffvt.info()["forced"] == "torch"
+    again = ffvt.use_backend("reference")
+    with again, again:
+        pass
     assert ffvt.info()["forced"] is None
 
 

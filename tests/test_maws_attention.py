@@ -189,14 +189,20 @@ def test_fp64_gradcheck(backend, layout):
         assert torch.autograd.gradcheck(lambda q, k, v: attend(layout, q, k, v, 2)[0], inputs)
 
 
-def test_the_tiled_backward_of_other_devices_agrees_with_the_reference():
-    q, k, v = (t.detach() for t in heads((1, 261, 2, 8), torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_tiled_backward_of_other_devices_agrees_with_the_reference(dtype):
+    q, k, v = (t.detach() for t in heads((1, 261, 2, 8), dtype))
+    if dtype == torch.float16:  # unscaled logits of this size overflow
+        q, k = 40 * q, 40 * k
     grad_out = torch.randn_like(q)
     out, _, _, lse = ffvt.reference.maws_attention_forward(q, k, v, 1, 0.3, 0)
     expected, found = ([torch.empty_like(q) for _ in range(3)] for _ in range(2))
     ffvt.reference.maws_attention_backward(grad_out, q, k, v, out, lse, 0.3, expected)
     torch_path.tiled_backward(grad_out, q, k, v, out, 0.3, found)
-    torch.testing.assert_close(found, expected)
+    share = 1e-12 if dtype == torch.float64 else 0.1  # sharp fp16 rows: the rounding of `out` is most of delta
+    for mine, theirs in zip(found, expected):
+        assert mine.isfinite().all()
+        assert rms(mine, theirs.double()) <= share * theirs.double().square().mean().sqrt()
 
 
 @backends
@@ -260,6 +266,18 @@ def test_autocast_casts_and_gradients_come_back_in_the_dtype_of_the_input():
     assert q.grad.dtype == torch.float32
 
 
+def test_a_forward_mode_gradient_is_refused():
+    q, k, v = (t.detach() for t in heads((1, 5, 1, 4)))
+    with pytest.raises(NotImplementedError, match="maws_attention: q must have no tangent"):
+        torch.func.jvp(lambda q: ffvt.maws_attention(q, k, v, 1)[0], (q,), (q,))
+
+
+def test_shapes_follow_on_the_meta_device():
+    q = torch.zeros(2, 9, 2, 8, device="meta")
+    out, index, score = ffvt.maws_attention(q, q, q, 3)
+    assert (out.shape, index.shape, score.shape) == ((2, 9, 2, 8), (2, 3), (2, 9))
+
+
 def test_a_second_gradient_is_refused():
     q, k, v = heads((1, 5, 1, 4))
     (grad,) = torch.autograd.grad(ffvt.maws_attention(q, k, v, 1)[0].sum(), q, create_graph=True)
@@ -275,6 +293,8 @@ BAD = {
     "first_candidate negative": (dict(first_candidate=-1), ValueError, "got first_candidate=-1"),
     "first_candidate past the end": (dict(first_candidate=9), ValueError, "got first_candidate=9"),
     "scale not finite": (dict(scale=float("nan")), ValueError, "got scale=nan"),
+    "no tensor": (dict(q=None), TypeError, "got q=None"),
+    "scale not a number": (dict(scale="a"), TypeError, "got scale='a'"),
     "rank": (dict(q=torch.zeros(9, 2, 8)), ValueError, r"q must be \(B, N, H, D\).*got q.shape=\(9, 2, 8\)"),
     "no tokens": (dict(q=torch.zeros(2, 0, 2, 8)), ValueError, r"got q.shape=\(2, 0, 2, 8\)"),
     "different shapes": (dict(k=torch.zeros(2, 9, 3, 8)), ValueError, r"k.shape=\(2, 9, 3, 8\)"),
@@ -304,8 +324,15 @@ def test_a_packed_tensor_without_three_parts_is_named():
 def test_a_forced_backend_without_kernels_never_falls_back():
     q, k, v = heads((1, 5, 1, 4))
     for name in ("triton", "cpp"):
-        with ffvt.use_backend(name), pytest.raises(NotImplementedError, match=f"maws_attention: backend '{name}'"):
-            ffvt.maws_attention(q, k, v, 1)
+        calls = {
+            "maws_attention": lambda: ffvt.maws_attention(q, k, v, 1),
+            "maws_attention_qkvpacked": lambda: ffvt.maws_attention_qkvpacked(torch.stack([q, k, v], 2), 1),
+            "maws_select": lambda: ffvt.maws_select(q, k, 1),
+            "gather_tokens": lambda: ffvt.gather_tokens(q.flatten(2), torch.zeros(1, 1, dtype=torch.int64)),
+        }
+        for operator, call in calls.items():
+            with ffvt.use_backend(name), pytest.raises(NotImplementedError, match=f"^{operator}: backend '{name}'"):
+                call()
     with pytest.raises(ValueError, match="got name='cuda'"):
         ffvt.use_backend("cuda")
 

@@ -173,6 +173,26 @@ def test_the_default_compiler_trains_in_one_graph():
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("feature_fusion", [True, False])
+def test_exports_with_any_batch_size(feature_fusion):
+    model = tiny_model(feature_fusion=feature_fusion).eval()
+    torch.nn.init.normal_(model.head.weight)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
+    images = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(program.module()(images), model(images))
+
+
+@both_ways
+def test_every_module_is_called_through_its_hooks(prune_dead_rows):
+    model = tiny_model(prune_dead_rows=prune_dead_rows, layer_scale=0.1)
+    called = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(torch.randn(1, 3, 64, 64))
+    assert {name for name, _ in model.named_modules()} - called == {"blocks"}
+
+
 def test_bf16_autocast_trains():
     model = tiny_model(dropout=0.1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,8 +244,15 @@ def test_the_drop_in_module_attends_and_selects():
     out.sum().backward()
     assert x.grad.isfinite().all()
     assert ffvt.MAWSAttention(32, 4, 3, qkv_bias=False).qkv.bias is None
-    with pytest.raises(ValueError, match="got dim=30"):
-        ffvt.MAWSAttention(30, 4, 3)
+    for arguments, message in (
+        ((30, 4, 3), "got dim=30"),
+        ((32, 0, 3), "num_heads=0"),
+        ((32, 4, 0), "got num_select=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ffvt.MAWSAttention(*arguments)
+    with pytest.raises(ValueError, match=r"x must be \(B, N, 32\); got x.shape=\(9, 32\)"):
+        module(torch.zeros(9, 32))
 
 
 BAD = {
@@ -238,6 +265,9 @@ BAD = {
     "depth": (dict(depth=1), "depth must be at least 2"),
     "dropout": (dict(dropout=1.0), "got dropout=1.0"),
     "classes": (dict(num_classes=0), "got num_classes=0"),
+    "picks not an integer": (dict(num_select=3.0), "num_select must be an integer; got num_select=3.0"),
+    "dropout not a number": (dict(dropout="a"), "got dropout='a'"),
+    "hybrid patch": (dict(name="r50_vit_b16", patch_size=32), "patch_size must be 16 behind the backbone"),
     "backbone": (dict(backbone="r101"), "got backbone='r101'"),
 }
 

@@ -96,6 +96,18 @@ def test_rotary_positions_follow_the_picked_tokens():
     assert (cosine == 1).all()
 
 
+def test_the_head_follows_the_vit_in_dtype():
+    model = ffvt.add_feature_fusion(VisionTransformer(**SMALL).bfloat16(), num_select=3, num_classes=5)
+    assert model(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_pooling_by_attention_leaves_no_idle_parameter():
+    model = ffvt.add_feature_fusion(VisionTransformer(**SMALL, global_pool="map"), num_select=3, num_classes=5)
+    torch.nn.init.normal_(model.head.weight)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 BAD = {
     "not timm": (lambda: torch.nn.Linear(2, 2), {}, TypeError, "got Linear"),
     "no class token": (

@@ -86,6 +86,9 @@ def test_every_flag_of_the_contract_parses():
     )
     options = parse_training_flags(rest.split())
     assert (options.loss_scale, options.gradient_accumulation_steps, options.data_root) == (1024.0, 2, "D")
+    assert parse_training_flags(["--local_rank", "1", "--fp16_opt_level", "O2"]) == TrainOptions()
+    with pytest.raises(ValueError, match="got precision='float16'"):
+        TrainOptions(precision="float16")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_every_flag_of_the_contract_parses():
         (["--num_steps", "0"], "got num_steps=0"),
         (["--learning_rate", "-1"], "got learning_rate=-1.0"),
         (["--smoothing_value", "1"], "got smoothing_value=1.0"),
+        (["--fp16", "--precision", "bf16"], "got precision='bf16'"),
         (["--dataset", "imagenet"], "imagenet"),
     ],
 )
@@ -165,8 +169,46 @@ def test_folders_give_the_classes_of_training(photographs):
     (photographs / "test" / "d").mkdir()
     with pytest.raises(ValueError, match="got class 'd'"):
         FolderImages(photographs, "test", 32)
-    with pytest.raises(ValueError, match="folder of class folders val"):
+    with pytest.raises(ValueError, match="data_root must hold val/<class>/<picture>"):
         FolderImages(photographs, "val", 32)
+    (photographs / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="every class of train must have pictures; got none in 'empty'"):
+        FolderImages(photographs, "train", 32)
+
+
+def test_hidden_files_are_passed_over_and_nested_ones_found(photographs):
+    picture = (photographs / "train" / "a" / "0.png").read_bytes()
+    for name in ("train/.cache/0.png", "train/a/more/deep/0.PNG", "train/a/._0.png", "train/a/folder.jpg/note.txt"):
+        path = photographs / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    images = FolderImages(photographs, "train", 32)
+    assert images.classes == ["a", "b", "c"]
+    assert len(images) == 16
+    assert len(FolderImages(photographs, "test", 32, classes=["a", "c"])) == 4
+
+
+def test_every_kind_of_picture_becomes_rgb_and_a_broken_one_is_named(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "grey.png")
+    assert torch.equal(load_image(tmp_path / "deep.png", 8), load_image(tmp_path / "grey.png", 8))
+    assert load_image(tmp_path / "deep.png", 8).float().std() > 50
+    for mode in ("RGBA", "P", "L", "1", "CMYK"):
+        path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (9, 5)).save(path)
+        assert load_image(path, 4).shape == (3, 4, 4)
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)).save(whole)
+    (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[:900])
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
+    for name in ("half.jpg", "text.jpg", "bomb.png", "float.tif"):
+        with pytest.raises(ValueError, match=f"path must be a readable picture; got '.*{name}'"):
+            load_image(tmp_path / name, 8)
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+        load_image(tmp_path / "none.jpg", 8)
 
 
 def test_data_sets_that_do_not_fit_are_named():
@@ -209,22 +251,47 @@ def test_adamw_decays_matrices_only():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-def one_step(seed=0, **changes):
+def one_step(head_std=0.0, **changes):
+    """loss, gradient norm, model, scheduler, scaler, images of one SGD step at rate 0.1 on 8 random images."""
     options = TrainOptions(**{**SMALL, **changes})
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = build_model(options, 9)
+    torch.nn.init.normal_(model.head.weight, std=head_std)
+    torch.manual_seed(1)
     optimizer = make_optimizer("sgd", model.parameters(), 0.1, 0.0)
     scheduler = make_scheduler(optimizer, "cosine", 0, 10)
     scaler = make_scaler(options, ALONE)
     images, labels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8)
     loss, norm = training_step(model, optimizer, scheduler, scaler, images, labels, options, ALONE)
-    return loss, norm, model, scheduler, scaler
+    return loss, norm, model, scheduler, scaler, images
 
 
 def test_accumulated_parts_make_the_step_of_the_whole_batch():
     whole, parts = one_step(), one_step(gradient_accumulation_steps=4)
     torch.testing.assert_close(whole[:2], parts[:2])
     torch.testing.assert_close(list(whole[2].parameters()), list(parts[2].parameters()))
+
+
+def test_gradients_are_clipped_after_unscaling_and_labels_smoothed():
+    plain, clipped = one_step(max_grad_norm=0.0), one_step(max_grad_norm=1e-3)
+    start = build_model_like(plain)
+    torch.testing.assert_close(plain[1], clipped[1])
+    moved = torch.cat([(a - b).flatten() for a, b in zip(clipped[2].parameters(), start.parameters())])
+    assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)  # learning rate times the clipped norm
+    scaled = one_step(precision="fp16", loss_scale=2.0**12, max_grad_norm=1e-3)
+    torch.testing.assert_close(scaled[1], plain[1], rtol=2e-2, atol=0)
+    smoothed = one_step(smoothing_value=0.3, head_std=1.0)[0]
+    assert smoothed.item() != pytest.approx(one_step(head_std=1.0)[0].item(), rel=1e-3)
+    logits = build_model_like(plain, head_std=1.0)(normalize(plain[5]))
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(8), label_smoothing=0.3)
+    torch.testing.assert_close(smoothed, expected.detach())
+
+
+def build_model_like(step, head_std=0.0):
+    torch.manual_seed(0)
+    model = build_model(TrainOptions(**SMALL), 9)
+    torch.nn.init.normal_(model.head.weight, std=head_std)
+    return model
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -235,7 +302,7 @@ def test_low_precision_steps_stay_near_fp32(precision):
 
 
 def test_a_skipped_fp16_step_does_not_advance_the_schedule():
-    _, _, model, scheduler, scaler = one_step(precision="fp16", loss_scale=2.0**60)  # the scaled gradients overflow
+    _, _, model, scheduler, scaler, _ = one_step(precision="fp16", loss_scale=2.0**60)  # the scaled gradients overflow
     before = one_step(precision="fp16", num_steps=1)[2]
     assert scheduler.last_epoch == 0
     assert scaler.get_scale() == 2.0**59
@@ -258,6 +325,33 @@ def test_a_run_writes_its_log_and_its_models_and_repeats_itself(tmp_path):
         checkpoint.model, EvaluationView(open_split("partbirds", "test", 64, 64, preset="easy", seed=42), 64), ALONE, 7
     )
     assert score == results[0].last or score.loss == pytest.approx(results[0].last.loss, rel=1e-5)
+
+
+def test_best_is_the_best_and_evaluations_leave_training_alone(tmp_path):
+    changes = {"learning_rate": 0.3, "dropout": 0.1, "num_steps": 12, "warmup_steps": 1}
+    logs = []
+    for every in (2, 12):
+        options = TrainOptions(
+            **{**SMALL, **changes, "eval_every": every}, output_dir=str(tmp_path), name=f"every{every}"
+        )
+        result = train(options)
+        logs.append(read_log(result.folder))
+        tops = [line["top1"] for line in logs[-1] if line["kind"] == "evaluate"]
+        assert result.best.top1 == max(tops)
+        assert load_checkpoint(result.folder / "best").facts["top1"] == max(tops)
+    losses = [[line["loss"] for line in log if line["kind"] == "train"] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_a_new_run_of_the_same_name_starts_clean(tmp_path):
+    train(TrainOptions(**SMALL, output_dir=str(tmp_path)))
+    with pytest.raises(FloatingPointError):
+        train(
+            TrainOptions(
+                **{**SMALL, "learning_rate": 1e30, "max_grad_norm": 0.0, "eval_every": 6}, output_dir=str(tmp_path)
+            )
+        )
+    assert [path.name for path in (tmp_path / "ffvt").iterdir()] == ["log.jsonl"]
 
 
 def test_workers_change_nothing(tmp_path, photographs):
@@ -328,20 +422,27 @@ def test_an_empty_evaluation_is_refused():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    options = TrainOptions(**{**SMALL, "learning_rate": 1e30, "max_grad_norm": 0.0}, output_dir=str(tmp_path))
-    with pytest.raises(FloatingPointError, match="loss must be finite; got loss=nan at step"):
+    changes = {"learning_rate": 1e30, "max_grad_norm": 0.0, "log_every": 5}
+    options = TrainOptions(**{**SMALL, **changes}, output_dir=str(tmp_path))
+    with pytest.raises(FloatingPointError, match="loss must be finite; got loss=nan at step 4"):  # before it is saved
         train(options)
+    assert not (tmp_path / "ffvt" / "last").exists()
 
 
 def test_checkpoints_replace_each_other_whole_and_damage_is_named(tmp_path):
-    model = tiny_model()
+    model, facts = tiny_model(), {"classes": list("abcde"), "resize_size": 64, "options": {}}
     for step in (1, 2):
-        save_checkpoint(tmp_path / "last", model, {"classes": list("abcde"), "step": step})
+        save_checkpoint(tmp_path / "last", model, {**facts, "step": step})
     assert load_checkpoint(tmp_path / "last").facts["step"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
     with pytest.raises(FileNotFoundError, match=r"training\.json"):
         load_checkpoint(tmp_path)
-    save_checkpoint(tmp_path / "last", model, {"classes": ["a"]})
+    (tmp_path / "last").rename(tmp_path / "last.old")  # cut off between the two renames of a save
+    assert load_checkpoint(tmp_path / "last").facts["step"] == 2
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_checkpoint(tmp_path / "last", model, {**facts, "loss": float("nan")})
+    assert load_checkpoint(tmp_path / "last").facts["step"] == 2
+    save_checkpoint(tmp_path / "last", model, {**facts, "classes": ["a"]})
     with pytest.raises(ValueError, match="names 1 classes, its model has 5"):
         load_checkpoint(tmp_path / "last")
     (tmp_path / "last" / "training.json").write_text("[]")

@@ -92,7 +92,7 @@ def test_a_timm_state_dict_gives_the_plain_vit_the_same_features():
     sizes = dict(image_size=56, patch_size=14, depth=3, layer_scale=1e-5, num_classes=6)
     model = tiny_model(**sizes, feature_fusion=False).eval()
     report = ffvt.load_weights(model, vit.state_dict())
-    assert report.format == "timm state dict"
+    assert report.format == "timm's names"
     assert not report.left
     assert not report.ignored
     images = torch.randn(2, 3, 56, 56)
@@ -109,8 +109,10 @@ def test_a_timm_build_we_cannot_compute_is_refused():
         ffvt.load_weights(
             tiny_model(), {"cls_token": torch.zeros(1, 1, 64), "blocks.0.attn.q_norm.weight": torch.ones(16)}
         )
-    with pytest.raises(ValueError, match="at most 4 blocks; got 'blocks.4.norm1.weight'"):
+    with pytest.raises(ValueError, match="as many blocks as the model; got 'blocks.4.norm1.weight'"):
         ffvt.load_weights(tiny_model(), {"blocks.4.norm1.weight": torch.ones(64)})
+    with pytest.raises(ValueError, match="as many blocks as the model; got 'transformer.encoder.layer.2"):
+        ffvt.load_weights(tiny_model(depth=3), golden("tiny_fusion", "w/"))
 
 
 def test_partial_mappings_leave_the_rest():
@@ -184,6 +186,60 @@ def test_positions_are_resized_as_ndimage_zoom_does():
     assert not without_class[:, 0].any()
     with pytest.raises(ValueError, match="must be square; got 7 positions"):
         resize_positions(torch.zeros(1, 7, 5), 17)
+
+
+def test_norms_of_the_fusion_and_of_the_encoder_are_told_apart():
+    model = tiny_model()
+    ours, theirs = torch.full((64,), 7.0), torch.full((64,), 3.0)
+    prefix = "transformer.encoder"
+    report = ffvt.load_weights(
+        model, {f"{prefix}.ff_encoder_norm.weight": ours, f"{prefix}.encoder_norm.weight": theirs}
+    )
+    assert torch.equal(model.norm.weight, ours)
+    assert "norm.weight" in report.loaded
+    assert list(report.ignored) == [f"{prefix}.encoder_norm.weight"]
+
+
+def test_a_plain_vit_of_ours_follows_the_last_block_option():
+    plain = tiny_model(feature_fusion=False)
+    assert any(
+        "last_block.attn.qkv.weight" in name for name in ffvt.load_weights(tiny_model(), plain.state_dict()).left
+    )
+    assert not ffvt.load_weights(tiny_model(), plain.state_dict(), last_block="pretrained").left
+    fused = tiny_model()
+    assert not ffvt.load_weights(plain, fused.state_dict()).left
+    assert torch.equal(plain.blocks[3].mlp.fc1.weight, fused.last_block.mlp.fc1.weight)
+
+
+def test_what_surrounds_a_state_dict_does_no_harm():
+    state = golden("tiny_fusion", "w/")
+    extra = {**state, "step": 3, "epoch": np.float32(2), "counter": torch.tensor(1)}
+    report = ffvt.load_weights(tiny_model(), extra)
+    assert not report.left
+    assert set(report.ignored) == {"step", "epoch", "counter"}
+    nested = {"model": {f"module._orig_mod.{name}": value for name, value in state.items()}, "optimizer": {}}
+    assert not ffvt.load_weights(torch.compile(tiny_model()), nested).left
+    big_endian = {name: value.astype(">f4") for name, value in state.items()}
+    assert not ffvt.load_weights(tiny_model(), big_endian).left
+    with pytest.raises(TypeError, match="must be an ffvt.FFVT; got Linear"):
+        ffvt.load_weights(torch.nn.Linear(2, 2), state)
+
+
+ODD_TENSORS = {
+    "sparse": {"cls_token": torch.ones(1, 1, 64), "head.bias": torch.zeros(5).to_sparse()},
+    "meta": {"cls_token": torch.ones(1, 1, 64), "head.bias": torch.zeros(5, device="meta")},
+    "rank of a kernel": {"Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": torch.zeros(3)},
+    "rank of a query": {"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel": torch.zeros(())},
+    "no positions": {"pos_embed": torch.zeros(1, 0, 64)},
+}
+
+
+@pytest.mark.parametrize("source", ODD_TENSORS.values(), ids=ODD_TENSORS)
+def test_odd_tensors_give_one_error_and_change_nothing(source):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="load_weights: "):
+        ffvt.load_weights(model, source)
+    assert not model.cls_token.any()
 
 
 class Bomb:

@@ -15,6 +15,7 @@ from ffvt.data.partbirds import PartBirds
 from ffvt.data.transforms import center_crop, load_image, random_crop_flip
 
 DATASETS = ("imagefolder", "partbirds")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 AUTHORS_DATASETS = ("cifar10", "cifar100", "soyloc", "cotton", "CUB", "dog", "car", "air")
 
 
@@ -29,26 +30,30 @@ class ImageSet(Protocol):
 
 
 class FolderImages(Dataset):
-    """One picture file per sample: root/split/class/picture. The classes are the folders of the training split.
+    """One picture file per sample, root/split/class/**/picture; hidden files and folders are passed over.
+
+    The classes are `classes`, or else the folders of the training split.
 
     Raises:
-        ValueError: a split or its pictures are missing, or a split has a class that training lacks.
+        ValueError: a split is missing, a class is unknown, or (in training) a class has no picture.
     """
 
-    def __init__(self, root: str | Path, split: str, resize_size: int) -> None:
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-
+    def __init__(self, root: str | Path, split: str, resize_size: int, classes: Sequence[str] | None = None) -> None:
         self.resize_size = resize_size
-        self.classes = _subfolders(Path(root) / "train")
+        self.classes = _subfolders(Path(root) / "train") if classes is None else list(classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.samples: list[tuple[Path, int]] = []
         for name in _subfolders(Path(root) / split):
             if name not in label_of:
-                raise ValueError(f"imagefolder: {split} must have only classes of train; got class {name!r}")
-            files = sorted((Path(root) / split / name).iterdir())
-            self.samples += [(file, label_of[name]) for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+                raise ValueError(f"imagefolder: {split} must have only the classes of training; got class {name!r}")
+            files = _pictures(Path(root) / split / name)
+            if not files and split == "train":
+                raise ValueError(f"imagefolder: every class of train must have pictures; got none in {name!r}")
+            self.samples += [(file, label_of[name]) for file in files]
         if not self.samples:
-            raise ValueError(f"imagefolder: {split} must have pictures in its class folders; got {Path(root) / split}")
+            raise ValueError(
+                f"imagefolder: {split} must have pictures in class folders; got {str(Path(root) / split)!r}"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,10 +65,13 @@ class FolderImages(Dataset):
 
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(
-            f"imagefolder: data_root must hold a folder of class folders {folder.name}; got {str(folder)!r}"
-        )
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        raise ValueError(f"imagefolder: data_root must hold {folder.name}/<class>/<picture>; got {str(folder)!r}")
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
 
 
 def open_split(
@@ -74,10 +82,12 @@ def open_split(
     data_root: str = "",
     preset: str = "default",
     seed: int = 0,
+    classes: Sequence[str] | None = None,
 ) -> ImageSet:
     """One split of a data set by name.
 
-    dataset: "imagefolder" (data_root/split/class/picture) or "partbirds" (made from `preset` and `seed`, no files).
+    dataset: "imagefolder" (data_root/split/class/picture; `classes` gives the labels, else the training split does) or
+    "partbirds" (made from `preset` and `seed`, without files; resize_size plays no part).
 
     Raises:
         ValueError: an unknown name or split, sizes that do not fit, or files that do not make the data set.
@@ -87,7 +97,7 @@ def open_split(
             raise ValueError(
                 f"imagefolder: resize_size must be at least img_size={image_size}; got resize_size={resize_size}"
             )
-        return FolderImages(data_root, split, resize_size)
+        return FolderImages(data_root, split, resize_size, classes)
     if dataset == "partbirds":
         if preset not in PARTBIRDS_PRESETS:
             raise ValueError(f"partbirds: preset must be one of {', '.join(PARTBIRDS_PRESETS)}; got preset={preset!r}")

@@ -21,12 +21,27 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def load_image(path: str | Path, size: int) -> Tensor:
     """A picture file as uint8 (3, size, size), resized bilinearly to a square as the authors do.
 
+    Greyscale and palettes become RGB, 16-bit greyscale is scaled to 8 bits, alpha and EXIF orientation are ignored.
+
     Raises:
-        OSError: the file is missing or no readable picture (PIL names it).
+        FileNotFoundError: no such file. ValueError: it is no readable picture; the message names it.
     """
-    with Image.open(path) as image:
-        resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    try:
+        with Image.open(path) as image:
+            resized = _to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to refuse a file
+        raise ValueError(f"load_image: path must be a readable picture; got {str(path)!r}: {error}") from error
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    return image.convert("RGB")
 
 
 def random_crop_flip(image: Tensor, size: int, generator: torch.Generator) -> Tensor:

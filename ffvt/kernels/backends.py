@@ -28,7 +28,7 @@ _NOT_BUILT = {
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 _DEFAULT_PREFERENCE = ("torch",)
 
-_forced = AUTO
+_forced: list[str] = []  # names of the open use_backend blocks, the innermost last
 _announced: set[tuple[str, str, str]] = set()
 
 
@@ -43,29 +43,26 @@ class use_backend:
         NotImplementedError: from an operator inside the block, when the backend cannot serve the call; the message
             gives every reason. A forced backend never falls back.
 
-    The choice is process-wide, not per thread. Blocks nest; the innermost one holds.
+    The choice is process-wide, not per thread. Blocks nest; the one entered last holds.
     """
 
     def __init__(self, name: str) -> None:
         if name not in BACKENDS:
             raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}; got name={name!r}")
         self.name = name
-        self.outer = AUTO
 
     def __enter__(self) -> use_backend:
-        global _forced
-        self.outer = _forced
-        _forced = self.name
+        _forced.append(self.name)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        global _forced
-        _forced = self.outer
+        youngest = len(_forced) - 1 - _forced[::-1].index(self.name)
+        del _forced[youngest]
 
 
 def forced_backend() -> str:
     """The name forced by the innermost `use_backend`, or "" for the automatic choice."""
-    return _forced
+    return _forced[-1] if _forced else AUTO
 
 
 def resolve(operator: str, backend: str, *tensors: Tensor) -> ModuleType:
@@ -111,9 +108,10 @@ def info() -> dict[str, Any]:
     """What serves each device, and why something is missing.
 
     Returns:
-        A plain dict: versions (`ffvt`, `torch`, `triton`), `devices` (name -> the backend serving it, and why the
-        preferred ones do not), `backends` (name -> "available" or the reason), `extension` (build and CPU facts of
-        `ffvt._C`, or why it is missing), `forced` (the name forced by `use_backend`, or None).
+        A plain dict: versions (`ffvt`, `torch`, `triton`), `cpu_capability` and `gpu` as PyTorch sees them, `devices`
+        (name -> the backend serving it, and why the preferred ones do not), `backends` (name -> "available" or the
+        reason), `extension` (build and CPU facts of `ffvt._C`, or why it is missing), `forced` (the name forced by
+        `use_backend`, or None).
     """
     from ffvt.version import __version__
 
@@ -136,7 +134,7 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "backends": backends,
         "extension": extension_info(),
-        "forced": _forced or None,
+        "forced": forced_backend() or None,
     }
 
 

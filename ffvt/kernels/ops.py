@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ffvt.kernels.backends import forced_backend, resolve
 from ffvt.kernels.reference import accumulator_dtype
@@ -47,7 +48,7 @@ def maws_attention(
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
     name = "maws_attention"
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _prepare(name, q=q, k=k, v=v)
     _check_heads(name, {"q": q, "k": k, "v": v}, "(B, N, H, D)")
     scale = _check_selection(name, q.shape[1], q.shape[3], num_select, scale, first_candidate)
     out, index, score, _ = torch.ops.ffvt.maws_attention(q, k, v, num_select, scale, first_candidate, forced_backend())
@@ -73,7 +74,7 @@ def maws_attention_qkvpacked(
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
     name = "maws_attention_qkvpacked"
-    (qkv,) = _autocast(qkv)
+    (qkv,) = _prepare(name, qkv=qkv)
     _check_heads(name, {"qkv": qkv}, "(B, N, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"{name}: qkv must be (B, N, 3, H, D); got qkv.shape={tuple(qkv.shape)}")
@@ -102,7 +103,7 @@ def maws_select(
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
     name = "maws_select"
-    q, k = _autocast(q.detach(), k.detach())
+    q, k = (tensor.detach() for tensor in _prepare(name, q=q, k=k))
     _check_heads(name, {"q": q, "k": k}, "(B, N, H, D)")
     scale = _check_selection(name, q.shape[1], q.shape[3], num_select, scale, first_candidate)
     return torch.ops.ffvt.maws_select(q, k, num_select, scale, first_candidate, forced_backend())
@@ -126,6 +127,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
     name = "gather_tokens"
+    _check_tensors(name, x=x, index=index)
     _check_dtype(name, "x", x)
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: index must be int64; got index.dtype={index.dtype}")
@@ -138,9 +140,24 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return torch.ops.ffvt.gather_tokens(x, index, forced_backend())
 
 
+def _prepare(name: str, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, cast as autocast says."""
+    _check_tensors(name, **tensors)
+    return _autocast(*tensors.values())
+
+
+def _check_tensors(name: str, **tensors: Tensor) -> None:
+    """Refuses what is no tensor, and tangents, which would be lost without a word."""
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {key} must be a tensor; got {key}={tensor!r}")
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name}: {key} must have no tangent, there is no forward-mode gradient; got one")
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -193,6 +210,8 @@ def _check_selection(
         )
     if scale is None:
         return head_dim**-0.5
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: scale must be a number or None; got scale={scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"{name}: scale must be finite; got scale={scale}")
     return float(scale)
@@ -234,7 +253,9 @@ def _maws_attention_backward_fake(
 def _maws_attention_qkvpacked(
     qkv: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _maws_attention(*qkv.unbind(2), num_select, scale, first_candidate, backend)
+    q, k, v = qkv.unbind(2)
+    module = resolve("maws_attention_qkvpacked", backend, q, k, v)
+    return module.maws_attention_forward(q, k, v, num_select, scale, first_candidate)
 
 
 def _maws_attention_qkvpacked_fake(
@@ -248,7 +269,7 @@ def _maws_attention_qkvpacked_backward(
 ) -> Tensor:
     q, k, v = qkv.unbind(2)
     grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    module = resolve("maws_attention", backend, q, k, v)
+    module = resolve("maws_attention_qkvpacked", backend, q, k, v)
     module.maws_attention_backward(grad_out, q, k, v, out, lse, scale, grad.unbind(2))
     return grad
 

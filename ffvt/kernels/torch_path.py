@@ -4,7 +4,8 @@ What: every operator for every device PyTorch runs on; the default wherever no k
 How: attention through PyTorch's fused SDPA; row 0 and column 0 of the logits as two thin fp32 products per head.
 Memory: nothing of N x N elements, forward or backward. On CPU the backward is PyTorch's flash backward from the saved
     lse; elsewhere it goes over tiles of query rows, so its scratch is TILE x N per head.
-Limits: none beyond the operators' own.
+Limits: none beyond the operators' own. With fewer than 16 tokens, PyTorch's CPU SDPA gives zeros where a query holds
+    NaN.
 Source: FFVT section 3.2; the backward is FlashAttention's (Dao et al., arXiv 2205.14135), in tiles.
 """
 
@@ -102,18 +103,17 @@ def tiled_backward(
 ) -> None:
     """Backward over tiles of query rows, on any device, without an lse: each tile's softmax is recomputed."""
     dtype = accumulator_dtype(q.dtype)
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
-    dk = torch.zeros(keys.shape, dtype=dtype, device=q.device)
-    dv = torch.zeros_like(dk)
+    keys, values = (t.transpose(1, 2).to(dtype) for t in (k, v))  # (B, H, N, D); fp16 logits could overflow
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     for start in range(0, q.shape[1], TILE):
         rows = slice(start, start + TILE)
-        q_tile, d_out, out_tile = (t[:, rows].transpose(1, 2) for t in (q, grad_out, out))  # (B, H, T, D)
-        probs = (scale * (q_tile @ keys.mT).to(dtype)).softmax(-1)  # (B, H, T, N)
-        delta = (d_out.to(dtype) * out_tile.to(dtype)).sum(-1, keepdim=True)
-        d_logits = (scale * probs * ((d_out @ values.mT).to(dtype) - delta)).to(q.dtype)
+        q_tile, d_out, out_tile = (t[:, rows].transpose(1, 2).to(dtype) for t in (q, grad_out, out))  # (B, H, T, D)
+        probs = (scale * q_tile @ keys.mT).softmax(-1)  # (B, H, T, N)
+        delta = (d_out * out_tile).sum(-1, keepdim=True)
+        d_logits = scale * probs * (d_out @ values.mT - delta)
         grads[0][:, rows].copy_((d_logits @ keys).transpose(1, 2))
         dk += d_logits.mT @ q_tile
-        dv += probs.to(q.dtype).mT @ d_out
+        dv += probs.mT @ d_out
     grads[1].copy_(dk.transpose(1, 2))
     grads[2].copy_(dv.transpose(1, 2))
 
@@ -125,7 +125,7 @@ def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
-    """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum, in a fixed order."""
+    """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum, in the dtype of grad."""
     batch = torch.arange(grad.shape[0], device=grad.device).unsqueeze(1).expand_as(index)
     target = grad.new_zeros(grad.shape[0], num_tokens, grad.shape[2])
     return target.index_put_((batch, index), grad, accumulate=True)

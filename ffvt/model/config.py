@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+POSITIVE_INTEGERS = ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim")
+
 
 @dataclass(frozen=True)
 class FFVTConfig:
@@ -45,18 +47,22 @@ class FFVTConfig:
     backbone: str | None = None
 
     def __post_init__(self) -> None:
-        if self.layer_scale is True or self.layer_scale is False:
+        if isinstance(self.layer_scale, bool):
             object.__setattr__(self, "layer_scale", 1e-5 if self.layer_scale else None)
-        for name in ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim"):
-            _require(
-                isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer"
-            )
+        for name in POSITIVE_INTEGERS:
+            _require(_is_integer(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a positive integer")
+        for name in ("num_select", "first_candidate"):
+            _require(_is_integer(getattr(self, name)), self, name, "an integer")
+        for name in ("dropout", "layer_scale"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, (int, float)), self, name, "a number")
         _require(
             self.image_size % self.patch_size == 0, self, "image_size", f"a multiple of patch_size={self.patch_size}"
         )
         _require(self.embed_dim % self.num_heads == 0, self, "embed_dim", f"a multiple of num_heads={self.num_heads}")
-        _require(0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
+        _require(self.dropout is not None and 0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
         _require(self.backbone in (None, "r50"), self, "backbone", "None or 'r50'")
+        _require(self.backbone is None or self.patch_size == 16, self, "patch_size", "16 behind the backbone")
         if self.feature_fusion:
             _require(self.depth >= 2, self, "depth", "at least 2 with feature_fusion")
             _require(
@@ -80,6 +86,10 @@ class FFVTConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON."""
         return dataclasses.asdict(self)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(holds: bool, config: FFVTConfig, name: str, must: str) -> None:

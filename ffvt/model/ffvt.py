@@ -41,11 +41,11 @@ class FFVT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            SelectingBlock(config) if config.feature_fusion else Block(config, self._attention())
-            for _ in range(config.depth - 1)
-        )
-        self.last_block = Block(config, self._attention())
+        if config.feature_fusion:
+            self.blocks = nn.ModuleList(SelectingBlock(config) for _ in range(config.depth - 1))
+            self.last_block = Block(config, self._attention())
+        else:
+            self.blocks = nn.ModuleList(Block(config, self._attention()) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(dim, config.num_classes)
         self._init_weights()
@@ -56,7 +56,7 @@ class FFVT(nn.Module):
     def _init_weights(self) -> None:
         """As the authors: Xavier in the MLPs, PyTorch's own in attention, a zero head. Positions start at std 0.02."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in [*self.blocks, self.last_block]:
+        for block in [*self.blocks, *([self.last_block] if self.config.feature_fusion else [])]:
             for linear in (block.mlp.fc1, block.mlp.fc2):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.normal_(linear.bias, std=1e-6)
@@ -80,19 +80,23 @@ class FFVT(nn.Module):
 
     def _classify(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         x = self.embed(images)
-        x, picks = self._select_and_fuse(x) if self.config.feature_fusion else (self._encode(x), [])
-        last = self.last_block.class_row if self.config.prune_dead_rows else self.last_block
-        class_token = self._run(last, x)[:, 0]
+        if self.config.feature_fusion:
+            x, picks = self._select_and_fuse(x)
+            last = self.last_block
+        else:
+            x, picks = self._encode(x), []
+            last = self.blocks[-1]
+        class_token = self._run(last, x, self.config.prune_dead_rows)[:, 0]
         return self.head(self.norm(class_token)), picks
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> class token and patches with their positions, (B, N, C)."""
         patches = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.dropout(x + self.pos_embed)
 
     def _encode(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = self._run(block, x)
         return x
 
@@ -100,16 +104,16 @@ class FFVT(nn.Module):
         """All blocks but the last: (B, N, C) -> the class token and every pick, (B, 1 + (L-1)K, C)."""
         picked, picks = [], []
         for block in self.blocks:
-            is_dead_after = block is self.blocks[-1] and self.config.prune_dead_rows
-            x, tokens, index, score = self._run(block.selected_rows if is_dead_after else block, x)
+            selected_only = block is self.blocks[-1] and self.config.prune_dead_rows
+            x, tokens, index, score = self._run(block, x, selected_only)
             picked.append(tokens)
             picks.append((index, score))
         return torch.cat([x[:, :1], *picked], dim=1), picks
 
-    def _run(self, layer: Any, x: Tensor) -> Any:
+    def _run(self, block: Block, x: Tensor, needed_only: bool = False) -> Any:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, use_reentrant=False)
-        return layer(x)
+            return checkpoint(block, x, needed_only, use_reentrant=False)
+        return block(x, needed_only)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder` (made if missing)."""

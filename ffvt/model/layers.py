@@ -38,33 +38,40 @@ def _resnet50() -> nn.Module:
         from timm.models.resnetv2 import ResNetV2
     except ImportError as error:
         raise ImportError("r50_vit_b16 needs timm: pip install 'ffvt[timm]'") from error
-    return ResNetV2(
+    resnet = ResNetV2(
         layers=(3, 4, 9), num_classes=0, global_pool="", preact=False, stem_type="same", conv_layer=StdConv2dSame
     )
+    for name, module in resnet.named_modules():
+        if isinstance(module, nn.GroupNorm) and not name.endswith("downsample.norm"):
+            module.eps = 1e-6  # as the authors; timm's 1e-5 is theirs in the shortcut only
+    return resnet
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x (B, N, C) -> (B, N, C), with one packed projection for q, k and v."""
+    """Multi-head self-attention with one packed projection: x (B, N, C) -> (B, N, C), or row 0 of it, (B, 1, C)."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"{type(self).__name__}: dim must be a multiple of num_heads={num_heads}; got dim={dim}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
         q, k, v = self.project_qkv(x).unbind(2)
-        return self.attend(q, k, v)
+        return self.attend(q[:, :1] if class_only else q, k, v)
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, 3, H, D), a view of the projection's output."""
+        dim = self.num_heads * self.head_dim
+        if x.ndim != 3 or x.shape[2] != dim:
+            raise ValueError(f"{type(self).__name__}: x must be (B, N, {dim}); got x.shape={tuple(x.shape)}")
         return self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of some query rows q (B, M, H, D) over k, v (B, N, H, D) -> (B, M, C)."""
+        """Attention of some query rows q (B, M, H, D) over k, v (B, N, H, D), projected: (B, M, C)."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.merge_heads(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
@@ -72,17 +79,40 @@ class Attention(nn.Module):
         """(B, M, H, D) -> the output projection's (B, M, C)."""
         return self.proj(out.flatten(2))
 
-    def class_row(self, x: Tensor) -> Tensor:
-        """Row 0 of `forward(x)`, (B, 1, C): keys and values of all tokens, the query of the class token alone."""
-        weight, bias = self.qkv.weight, self.qkv.bias
-        dim = weight.shape[1]
-        q = F.linear(x[:, :1], weight[:dim], None if bias is None else bias[:dim])
-        kv = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
-        k, v = kv.view(*x.shape[:2], 2, self.num_heads, self.head_dim).unbind(2)
-        return self.attend(q.view(-1, 1, self.num_heads, self.head_dim), k, v)
+
+class SelectingAttention(Attention):
+    """Attention that also picks the K tokens of largest mutual attention weight, token 0 being the class token.
+
+    x (B, N, C) -> attended tokens (B, N, C), None, index (B, K) int64, score (B, N) fp32. With selected_only, for a
+    block whose other rows nobody reads: the class token and the picks alone, (B, 1+K, C), and which rows these are,
+    (B, 1+K) int64, in place of None.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, num_select: int, qkv_bias: bool = True, first_candidate: int = 0
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias)
+        for name, value, least in (("num_select", num_select, 1), ("first_candidate", first_candidate, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be an integer from {least} on; got {name}={value!r}"
+                )
+        self.num_select = num_select
+        self.first_candidate = first_candidate
+
+    def forward(self, x: Tensor, selected_only: bool = False) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        qkv = self.project_qkv(x)
+        if not selected_only:
+            out, index, score = maws_attention_qkvpacked(qkv, self.num_select, first_candidate=self.first_candidate)
+            return self.merge_heads(out), None, index, score
+        q, k, v = qkv.unbind(2)
+        index, score = maws_select(q, k, self.num_select, first_candidate=self.first_candidate)
+        rows = F.pad(index, (1, 0))  # the class token, then the picks
+        q = gather_tokens(q.flatten(2), rows).unflatten(2, (self.num_heads, self.head_dim))
+        return self.attend(q, k, v), rows, index, score
 
 
-class MAWSAttention(Attention):
+class MAWSAttention(SelectingAttention):
     """Multi-head self-attention that also picks the K tokens of largest mutual attention weight: a drop-in module.
 
     Args:
@@ -93,38 +123,15 @@ class MAWSAttention(Attention):
     (B, K) int64 of the picks, best first. Gradients flow through the tokens only.
 
     Raises:
-        ValueError: dim is no multiple of num_heads, or x has fewer than first_candidate + K tokens.
+        ValueError: dim is no multiple of num_heads, a count is out of range, or x has fewer than first_candidate + K
+            tokens or is not (B, N, C).
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, num_select: int, qkv_bias: bool = True, first_candidate: int = 0
-    ) -> None:
-        super().__init__(dim, num_heads, qkv_bias)
-        self.num_select = num_select
-        self.first_candidate = first_candidate
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out, index, _ = self.attend_and_select(x)
+        out, _, index, _ = super().forward(x)
         return out, index
-
-    def attend_and_select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward`, with the score (B, N) fp32 of every token as well."""
-        qkv = self.project_qkv(x)
-        out, index, score = maws_attention_qkvpacked(qkv, self.num_select, first_candidate=self.first_candidate)
-        return self.merge_heads(out), index, score
-
-    def attend_selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rows of `forward(x)` that outlive the last full block: of the class token and of the picks.
-
-        Returns out (B, 1+K, C), rows (B, 1+K) int64 (0, then the index), index, score.
-        """
-        q, k, v = self.project_qkv(x).unbind(2)
-        index, score = maws_select(q, k, self.num_select, first_candidate=self.first_candidate)
-        rows = F.pad(index, (1, 0))  # the class token, then the picks
-        q = gather_tokens(q.flatten(2), rows).unflatten(2, (self.num_heads, self.head_dim))
-        return self.attend(q, k, v), rows, index, score
 
 
 class MLP(nn.Module):
@@ -164,38 +171,32 @@ class Block(nn.Module):
         self.mlp = MLP(dim, config.mlp_dim, config.dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add_branches(x, self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
+        """x (B, N, C) -> (B, N, C), or row 0 of it alone, (B, 1, C)."""
+        return self.add_branches(x[:, :1] if class_only else x, self.attn(self.norm1(x), class_only))
 
     def add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
         """Both residual additions, for whichever rows are given."""
         x = x + self.ls1(attended)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-    def class_row(self, x: Tensor) -> Tensor:
-        """Row 0 of `forward(x)`, (B, 1, C)."""
-        return self.add_branches(x[:, :1], self.attn.class_row(self.norm1(x)))
-
 
 class SelectingBlock(Block):
     """A block whose attention picks tokens.
 
-    x (B, N, C) -> x (B, N, C), the picked tokens (B, K, C), index (B, K), score (B, N).
+    x (B, N, C) -> x (B, N, C), the picked tokens (B, K, C), index (B, K), score (B, N). With selected_only, of x only
+    the class token (B, 1, C) is computed beside the picks.
     """
 
     def __init__(self, config: FFVTConfig) -> None:
         heads, bias = config.num_heads, config.qkv_bias
-        super().__init__(
-            config, MAWSAttention(config.embed_dim, heads, config.num_select, bias, config.first_candidate)
-        )
+        attention = SelectingAttention(config.embed_dim, heads, config.num_select, bias, config.first_candidate)
+        super().__init__(config, attention)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        attended, index, score = self.attn.attend_and_select(self.norm1(x))
+    def forward(self, x: Tensor, selected_only: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attended, rows, index, score = self.attn(self.norm1(x), selected_only)
+        if selected_only:
+            kept = self.add_branches(gather_tokens(x, rows), attended)
+            return kept[:, :1], kept[:, 1:], index, score
         x = self.add_branches(x, attended)
         return x, gather_tokens(x, index), index, score
-
-    def selected_rows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`forward`, but of x only the class token (B, 1, C) is computed beside the picked tokens."""
-        attended, rows, index, score = self.attn.attend_selected(self.norm1(x))
-        kept = self.add_branches(gather_tokens(x, rows), attended)
-        return kept[:, :1], kept[:, 1:], index, score

@@ -44,7 +44,8 @@ class FeatureFusion(nn.Module):
         self.vit = vit
         self.num_select = num_select
         self.first_candidate = first_candidate
-        self.head = nn.Linear(vit.embed_dim, num_classes)
+        like = vit.cls_token
+        self.head = nn.Linear(vit.embed_dim, num_classes, device=like.device, dtype=like.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -72,7 +73,7 @@ class FeatureFusion(nn.Module):
         last_rope = self._rope_of(rope, len(vit.blocks) - 1)
         fused = torch.cat([x[:, :1], *picked], dim=1)
         fused = self._run(vit.blocks[-1], fused, None if last_rope is None else self._rope_rows(last_rope, rows))
-        return self.head(self._final_norm(fused[:, 0])), picks
+        return self.head(vit.head_drop(self._final_norm(fused[:, 0]))), picks
 
     def _run(self, block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
         return block(x) if rope is None else block(x, rope=rope)
@@ -89,8 +90,8 @@ class FeatureFusion(nn.Module):
         sine, cosine = rope.chunk(2, dim=-1)
         prefix = self.vit.num_prefix_tokens
         sine, cosine = F.pad(sine, (0, 0, prefix, 0)), F.pad(cosine, (0, 0, prefix, 0), value=1.0)
-        table = torch.cat([sine, cosine], dim=-1).expand(len(rows), -1, -1, -1)  # (B, H or 1, N, E)
-        return table.take_along_dim(rows[:, None, 1:, None], dim=2)
+        table = torch.cat([sine, cosine], dim=-1).expand(rows.shape[0], -1, -1, -1)  # (B, H or 1, N, E)
+        return table.gather(2, rows[:, None, 1:, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
     def _final_norm(self, class_token: Tensor) -> Tensor:
         """timm keeps the final norm before the pooling or after it, depending on the pooling."""
@@ -139,7 +140,8 @@ def add_feature_fusion(
         )
     if num_classes < 1:
         raise ValueError(f"{name}: num_classes must be at least 1; got num_classes={num_classes}")
-    timm_vit.reset_classifier(0)  # our head takes its place: no parameter without a gradient stays
+    timm_vit.reset_classifier(0)  # our head takes its place, on the class token: no parameter without a gradient stays
+    timm_vit.attn_pool = None
     for block in timm_vit.blocks:
         block.attn.fused_attn = True  # the one call that is served by maws_attention
     if hasattr(timm_vit.blocks[-1].attn, "num_prefix_tokens"):

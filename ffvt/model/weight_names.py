@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ffvt.model.config import FFVTConfig
@@ -42,26 +43,34 @@ def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool)
     """
     name, layout = _recognise(entries)
     translation = Translation(name)
-    own_fusion = any(key.startswith(("last_block.", "transformer.encoder.ff_last_layer.")) for key in entries)
+    fused = any(key.startswith(("last_block.", "transformer.encoder.ff_")) for key in entries)
+    final = "last_block" if config.feature_fusion else f"blocks.{config.depth - 1}"
     for key, value in entries.items():
         piece = layout(key, value, config)
         if piece is None:
             _refuse_if_needed(key)
             translation.ignored[key] = "not part of this model"
             continue
-        block = re.match(r"blocks\.(\d+)\.(.*)", piece.target)
-        if block and int(block[1]) >= config.depth:
-            raise ValueError(f"load_weights: source must have at most {config.depth} blocks; got {key!r}")
-        is_last = block is not None and int(block[1]) == config.depth - 1
-        if is_last:
-            piece = Piece(piece.source, f"last_block.{block[2]}", piece.value, piece.rows)
-        if is_last and own_fusion:
-            translation.ignored[key] = "the source has a fusion block of its own"
-        elif (is_last or piece.target.startswith("norm.")) and not (use_last or own_fusion):
+        block, _, rest = piece.target.removeprefix("blocks.").partition(".")
+        number = int(block) if piece.target.startswith("blocks.") else -1
+        if number >= config.depth - fused:
+            raise ValueError(f"load_weights: source must have as many blocks as the model; got {key!r}")
+        is_final = number == config.depth - 1 or block == "last_block"
+        if is_final:
+            piece = Piece(piece.source, f"{final}.{rest}", piece.value, piece.rows)
+        if fused and key.startswith("transformer.encoder.encoder_norm."):
+            translation.ignored[key] = "the source has a final norm of its fusion"
+        elif (is_final or piece.target.startswith("norm.")) and not (use_last or fused):
             translation.ignored[key] = "last_block='random' leaves the fusion block and the final norm"
         else:
             translation.pieces.append(piece)
     return translation
+
+
+def is_part_of_model(key: str, entries: Mapping[str, Tensor], config: FFVTConfig) -> bool:
+    """Whether an entry of this name has a place in the model, in the layout of the other entries."""
+    _, layout = _recognise({**entries, key: torch.empty(0)})
+    return layout(key, torch.empty(1, 1, 1, 1), config) is not None
 
 
 def _refuse_if_needed(key: str) -> None:
@@ -74,17 +83,12 @@ def _refuse_if_needed(key: str) -> None:
 
 def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tensor, FFVTConfig], Piece | None]]:
     keys = list(entries)
-    if any(key.startswith(("Transformer/", "embedding/", "conv_root/")) or key == "cls" for key in keys):
+    if any(key.startswith(("Transformer/", "embedding/", "conv_root/", "head/")) or key == "cls" for key in keys):
         return "Google .npz", _from_google
     if any(key.startswith("transformer.") for key in keys):
         return "authors' state dict", _from_authors
-    if any(
-        key.startswith(("blocks.", "last_block.", "patch_embed.")) or key in ("pos_embed", "cls_token") for key in keys
-    ):
-        ours = any(key.startswith("last_block.") for key in keys)
-        return ("ffvt" if ours else "timm state dict"), _from_timm
-    if keys and all(re.fullmatch(r"(head|norm)\.(weight|bias)", key) for key in keys):
-        return "ffvt", _from_timm
+    if any(_OURS.fullmatch(key) or key.startswith("blocks.") for key in keys):
+        return ("ffvt" if any(key.startswith("last_block.") for key in keys) else "timm's names"), _from_timm
     shown = ", ".join(map(repr, keys[:3])) or "nothing"
     raise ValueError(f"load_weights: source must be Google's, the authors', timm's or ours; got entries {shown}")
 
@@ -97,7 +101,7 @@ _OURS = re.compile(
 
 
 def _from_timm(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
-    """timm's names are ours, but for the fusion block, which only we have."""
+    """timm's names are ours, but for the fusion block, which only our fused models have."""
     return Piece(key, key, value) if _OURS.fullmatch(key) else None
 
 

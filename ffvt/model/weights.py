@@ -6,6 +6,7 @@ into ours, in `weight_names.py`), and place (check every shape, then copy). Noth
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ffvt.model.weight_names import Piece, translate
+from ffvt.model.config import FFVTConfig
+from ffvt.model.weight_names import Piece, is_part_of_model, translate
 
 LAST_BLOCK_CHOICES = ("random", "pretrained")
 MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and to 1 GiB in any case)
@@ -66,17 +69,27 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
         LoadReport: loaded, resized, left, ignored.
 
     Raises:
-        FileNotFoundError: no such path. ValueError: an unreadable, truncated, unrecognised or pickled source, a shape
-            that does not fit, or an unknown `last_block`. Pickles are never run.
+        FileNotFoundError: no such path. TypeError: model is no FFVT. ValueError: an unreadable, truncated, unrecognised
+            or pickled source, a shape that does not fit, or an unknown `last_block`. Pickles are never run.
     """
     if last_block not in LAST_BLOCK_CHOICES:
         raise ValueError(f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={last_block!r}")
-    entries = _as_tensors(source if isinstance(source, Mapping) else _read(Path(source), model))
-    translation = translate(
-        entries, model.config, use_last=last_block == "pretrained" or not model.config.feature_fusion
-    )
-    report = LoadReport(translation.format, ignored=dict(translation.ignored))
-    placements = _check(model, translation.pieces, report)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(getattr(model, "config", None), FFVTConfig):
+        raise TypeError(f"load_weights: model must be an ffvt.FFVT; got {type(model).__name__}")
+    entries, others = _as_tensors(_state_dict(source) if isinstance(source, Mapping) else _read(Path(source), model))
+    use_last = last_block == "pretrained" or not model.config.feature_fusion
+    try:
+        for name, kind in others.items():
+            if not entries or is_part_of_model(name, entries, model.config):
+                raise ValueError(f"load_weights: source must map names to floating-point tensors; got {name!r}: {kind}")
+        translation = translate(entries, model.config, use_last)
+        ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
+        report = LoadReport(translation.format, ignored={**translation.ignored, **ignored})
+        placements = _check(model, translation.pieces, report)
+    except (IndexError, RuntimeError, TypeError) as error:  # a tensor of another rank, sparse, on no device, ...
+        raise ValueError(f"load_weights: source must hold plain tensors of the model's shapes; got {error}") from error
     with torch.no_grad():
         for target, value in placements:
             target.copy_(value)
@@ -126,16 +139,19 @@ def _state_dict(loaded: Any) -> Mapping[str, Any]:
     return loaded
 
 
-def _as_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {}
+def _as_tensors(source: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The plain floating-point tensors of a mapping by name, and of everything else its kind."""
+    tensors, others = {}, {}
     for name, value in source.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            value = torch.from_numpy(np.ascontiguousarray(value))
-        if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = getattr(value, "dtype", type(value).__name__)
-            raise ValueError(f"load_weights: source must map names to floating-point tensors; got {name!r}: {kind}")
-        tensors[name.removeprefix("module.")] = value.detach()
-    return tensors
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize <= 8:
+            value = torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="))))
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if plain and value.is_floating_point():
+            tensors[name] = value.detach()
+        else:
+            others[name] = str(getattr(value, "dtype", type(value).__name__))
+    return tensors, others
 
 
 def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tuple[Tensor, Tensor]]:
@@ -157,11 +173,11 @@ def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tu
             if value.shape != piece.value.shape:
                 report.resized.append(piece.target)
         if piece.is_head and not head_fits:
-            report.ignored[piece.source] = f"shape {tuple(value.shape)}, the head has {tuple(target.shape)}"
+            report.ignored[piece.source] = f"a head of another shape; the model's has {tuple(target.shape)}"
         elif value.shape != destination.shape:
             wrong.append(f"{piece.source}: {tuple(value.shape)}, {piece.target} has {tuple(destination.shape)}")
         else:
-            placements.append((destination, value))
+            placements.append((destination, value.to(destination.device, destination.dtype)))
             covered[piece.target] += destination.numel()
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
@@ -183,11 +199,11 @@ def resize_positions(positions: Tensor, num_tokens: int) -> Tensor:
     """
     old, channels = positions.shape[1], positions.shape[2]
     old_side, new_side = round(old**0.5), round((num_tokens - 1) ** 0.5)
-    if old_side**2 == old and old != num_tokens:
+    if old_side**2 == old:
         positions = torch.cat([positions.new_zeros(1, 1, channels), positions], dim=1)
     else:
         old_side = round((old - 1) ** 0.5)
-    if old_side**2 != positions.shape[1] - 1 or new_side**2 != num_tokens - 1:
+    if old == 0 or old_side**2 != positions.shape[1] - 1 or new_side**2 != num_tokens - 1:
         raise ValueError(f"load_weights: position grids must be square; got {old} positions for {num_tokens} tokens")
     if old_side == new_side:
         return positions

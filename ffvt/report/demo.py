@@ -85,7 +85,7 @@ def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     _show_learning(page, result)
     _show_selection(page, result, options, study, birds)
     page.footer(_small_print(model, options, training))
-    result.report.write_text(page.render())
+    result.report.write_text(page.render(), encoding="utf-8")
     return result
 
 
@@ -93,11 +93,9 @@ def _introduce(page: Page, result: DemoResult, options: TrainOptions) -> None:
     birds = PRESETS[options.preset]
     page.paragraph(
         f"PartBirds draws {birds.families} families of birds, told apart by colour, each in {birds.varieties} "
-        f"varieties "
-        "that differ in one small mark on the wing and in nothing else; stray marks beside the bird belong to other "
-        f"varieties. A model that sees only colour gets {result.ceiling:.0%} right. This one was trained from "
-        f"scratch, on "
-        "this machine."
+        "varieties that differ in one small mark on the wing and in nothing else; stray marks beside the bird belong "
+        f"to other varieties. A model that sees only colour gets {result.ceiling:.0%} right. This one was trained "
+        "from scratch, on this machine."
     )
     page.facts(
         [
@@ -127,17 +125,14 @@ def _show_selection(
     page.heading("Where does it look?")
     page.paragraph(
         f"Each of the first {len(result.hit_rates)} layers picks {options.num_token} of "
-        f"{study.on_mark.shape[1] - 1} patches "
-        "by mutual attention weight; only these and the class token reach the last layer. Nothing tells the "
-        "model where the "
-        "mark is."
+        f"{study.on_mark.shape[1] - 1} patches by mutual attention weight; only these and the class token reach the "
+        "last layer. Nothing tells the model where the mark is."
     )
     page.figure(hit_rate_bars(result.hit_rates, result.random_hit_rate), "hit rate of the picks per layer")
     page.heading("What did each layer pick?")
     page.paragraph(
-        "The first test birds, never seen in training. Left: the picture, its mark framed in green, its class "
-        "in green where "
-        "the prediction is right. Then the patches that each layer picked, framed; the rest is dimmed."
+        "The first test birds, never seen in training. Left: the picture, its mark framed in green, its class in "
+        "green where the prediction is right. Then the patches that each layer picked, framed; the rest is dimmed."
     )
     shown = range(min(SHOWN, len(study.predictions)))
     captions = [_caption(birds.classes, int(study.predictions[i]), birds.labels[i]) for i in shown]
@@ -149,15 +144,15 @@ def _show_selection(
 def _caption(classes: list[str], predicted: int, true: int) -> tuple[str, bool]:
     if predicted == true:
         return classes[true], True
-    return f"{classes[true]}, taken for {classes[predicted]}", False
+    return f"{classes[true]}\ntaken for {classes[predicted]}", False
 
 
 def _small_print(model: object, options: TrainOptions, training: TrainResult) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{parameters / 1e6:.2f} M parameters, {options.depth} layers, width {options.embed_dim}, "
-        f"{options.patch_size}-pixel patches, "
-        f"{options.img_size}-pixel images, seed {options.seed}, {options.autocast_precision}. "
+        f"{options.patch_size}-pixel patches, {options.img_size}-pixel images, seed {options.seed}, "
+        f"{options.autocast_precision}. "
         f"Model and log: {training.folder}/last, {training.folder}/log.jsonl."
     )
 

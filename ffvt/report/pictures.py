@@ -14,6 +14,7 @@ from torch import Tensor
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 ACCENT, QUIET, MARK = "#c2410c", "#94a3b8", "#84cc16"
+CAPTION_COLOURS = {True: "#15803d", False: "#b91c1c", None: "#0f172a"}
 DIMMED = 0.5  # brightness of what was not picked
 
 
@@ -67,13 +68,14 @@ def selection_grid(
     images: Sequence[Tensor],
     index: Tensor,
     patch_size: int,
-    captions: Sequence[tuple[str, bool]],
+    captions: Sequence[tuple[str, bool | None]],
     boxes: Sequence[tuple[int, int, int, int]] | None = None,
 ) -> Figure:
     """A row per image: the picture, then for each layer the same with all but the picked patches dimmed.
 
-    images: uint8 (3, S, S) each; index: (B, L-1, K), the class token being 0; captions: text, and whether it is
-    good news; boxes: the mark, outlined in the first column. A layer that picked the class token says so.
+    images: uint8 (3, S, S) each; index: (B, L-1, K), the class token being 0; captions: text, and whether it is right
+    (None where nobody knows); boxes: the mark, outlined in the first column. A layer that picked the class token says
+    so.
     """
     rows, layers = index.shape[:2]
     figure = Figure(figsize=(2.1 * (layers + 1), 2.3 * rows + 0.3), layout="constrained")
@@ -81,7 +83,7 @@ def selection_grid(
     for row, (image, (text, good)) in enumerate(zip(images, captions)):
         pixels = image.permute(1, 2, 0).numpy()
         grid[row, 0].imshow(pixels)
-        grid[row, 0].set_title(text, fontsize=10, color="#15803d" if good else "#b91c1c")
+        grid[row, 0].set_title(text, fontsize=10, color=CAPTION_COLOURS[good])
         if boxes:
             _outline(grid[row, 0], boxes[row], MARK)
         for layer in range(layers):

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from ffvt.train.engine import TrainResult, train
 from ffvt.train.options import parse_training_flags
 
+# What bad input, missing extras, a full disk or a diverged run raise; anything else is our mistake and shows its trace.
+USAGE_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m ffvt.train") -> int:
     """Trains by the flags given; exit status 0, or 1 with a message on bad input."""
@@ -18,8 +21,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ffvt.tra
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         result = train(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+    except USAGE_ERRORS as error:
+        if is_main:
+            print(f"{prog}: {error}", file=sys.stderr)
         return 1
     if is_main:
         print(summary(result))

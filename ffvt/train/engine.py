@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import random
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -47,7 +49,7 @@ class TrainResult:
 
 
 class RunLog:
-    """One JSON object per line, on the main rank only."""
+    """One JSON object per line, on the main rank only. A number that is not finite is written as null."""
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self.file = None
@@ -57,7 +59,8 @@ class RunLog:
 
     def write(self, kind: str, **values: Any) -> None:
         if self.file:
-            print(json.dumps({"kind": kind, **values}), file=self.file, flush=True)
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            print(json.dumps({"kind": kind, **finite}, allow_nan=False), file=self.file, flush=True)
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -84,6 +87,9 @@ def _train(options: TrainOptions, world: World) -> TrainResult:
     scheduler = make_scheduler(optimizer, options.decay_type, options.warmup_steps, options.num_steps)
     scaler = make_scaler(options, world)
     loader = _training_loader(options, training, world)
+    if world.is_main:  # of an earlier run of this name
+        for kind in ("best", "last"):
+            shutil.rmtree(folder / kind, ignore_errors=True)
     run_log = RunLog(folder / "log.jsonl", world.is_main)
     run_log.write("run", options=options.to_dict(), world_size=world.size, **_facts(training, evaluation, world))
 
@@ -93,7 +99,9 @@ def _train(options: TrainOptions, world: World) -> TrainResult:
         is_best = best is None or score.top1 > best.top1
         run_log.write("evaluate", step=step, split=options.eval_split, **asdict(score))
         if world.is_main:
-            facts = {"classes": list(training.classes), "options": options.to_dict(), "step": step, **asdict(score)}
+            side = training[0][0].shape[-1]
+            facts = {"classes": list(training.classes), "resize_size": side, "options": options.to_dict(), "step": step}
+            facts |= asdict(score)
             for kind in ("last", "best") if is_best else ("last",):
                 save_checkpoint(folder / kind, model, facts)
         return score, score if best is None or is_best else best
@@ -107,7 +115,8 @@ def _train(options: TrainOptions, world: World) -> TrainResult:
         loss, norm = training_step(parallel, optimizer, scheduler, scaler, images, labels, options, world)
         losses.append(loss)
         progress.update()
-        if step % options.log_every == 0 or step == options.num_steps:
+        is_evaluated = step % options.eval_every == 0 or step == options.num_steps
+        if step % options.log_every == 0 or is_evaluated:
             mean = world.sum(torch.stack(losses).mean()).item() / world.size
             if not np.isfinite(mean):
                 raise FloatingPointError(f"train: the loss must be finite; got loss={mean} at step {step}")
@@ -117,7 +126,7 @@ def _train(options: TrainOptions, world: World) -> TrainResult:
             )
             progress.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")
             losses, since = [], time.perf_counter()
-        if step % options.eval_every == 0 or step == options.num_steps:
+        if is_evaluated:
             last, best = evaluate_and_save(step, best)
             since = time.perf_counter()
     progress.close()

@@ -49,7 +49,8 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # count, top-1, top-5, loss
     was_training = model.training
     model.eval()
-    for batch, labels in DataLoader(shard, batch_size, num_workers=workers):
+    own = torch.Generator()  # the loader must not draw from the generator that makes training's dropout masks
+    for batch, labels in DataLoader(shard, batch_size, num_workers=workers, generator=own):
         with autocast(world.device, precision):
             logits = model(normalize(batch.to(world.device))).float()
         sums += _sums(logits, labels.to(world.device))

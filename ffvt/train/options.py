@@ -77,6 +77,12 @@ class TrainOptions:
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"train: {name} must be at least {least}; got {name}={getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"train: precision must be one of {', '.join(PRECISIONS)}; got precision={self.precision!r}"
+            )
+        if self.fp16 and self.precision == "bf16":
+            raise ValueError("train: precision must be fp16 (or left out) with fp16=True; got precision='bf16'")
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"train: train_batch_size must be a multiple of gradient_accumulation_steps="
@@ -105,7 +111,7 @@ class TrainOptions:
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the authors' flags (their names and defaults) and ours to a parser."""
+    """Adds the authors' flags, by their names, and ours to a parser."""
 
     def add(group: Any, name: str, help: str, **more: Any) -> None:
         default = getattr(TrainOptions, name)
@@ -140,6 +146,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(authors, "data_root", "folder of the data set")
     add(authors, "output_dir", "folder of the runs")
     add(authors, "loss_scale", "first loss scale of fp16, a power of two; 0 for 65536")
+
+    for ignored in ("local_rank", "fp16_opt_level"):
+        names = {f"--{ignored}", f"--{ignored.replace('_', '-')}"}
+        authors.add_argument(*sorted(names), help="accepted and ignored: torchrun and --precision decide")
 
     ours = parser.add_argument_group("more flags")
     add(ours, "precision", "precision of the forward under autocast", choices=PRECISIONS)
