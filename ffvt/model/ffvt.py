@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ffvt.model.config import FFVTConfig, make_config
-from ffvt.model.layers import LAYER_NORM_EPS, Attention, Block, PatchEmbed, SelectingBlock
+from ffvt.model.layers import LAYER_NORM_EPS, MLP, Attention, Block, PatchEmbed, SelectingBlock
+from ffvt.model.weights import load_weights
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -56,10 +58,9 @@ class FFVT(nn.Module):
     def _init_weights(self) -> None:
         """As the authors: Xavier in the MLPs, PyTorch's own in attention, a zero head. Positions start at std 0.02."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in [*self.blocks, *([self.last_block] if self.config.feature_fusion else [])]:
-            for linear in (block.mlp.fc1, block.mlp.fc2):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.normal_(linear.bias, std=1e-6)
+        for linear in (linear for mlp in self.modules() if isinstance(mlp, MLP) for linear in (mlp.fc1, mlp.fc2)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.normal_(linear.bias, std=1e-6)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -79,14 +80,15 @@ class FFVT(nn.Module):
         return logits, Selection(torch.stack(index, 1), torch.stack(score, 1))
 
     def _classify(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        x = self.embed(images)
+        x, picks = self.embed(images), []
         if self.config.feature_fusion:
             x, picks = self._select_and_fuse(x)
-            last = self.last_block
+            last_block = self.last_block
         else:
-            x, picks = self._encode(x), []
-            last = self.blocks[-1]
-        class_token = self._run(last, x, self.config.prune_dead_rows)[:, 0]
+            *blocks, last_block = self.blocks
+            for block in blocks:
+                x = self._run(block, x)
+        class_token = self._run(last_block, x, self.config.prune_dead_rows)[:, 0]
         return self.head(self.norm(class_token)), picks
 
     def embed(self, images: Tensor) -> Tensor:
@@ -94,11 +96,6 @@ class FFVT(nn.Module):
         patches = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.dropout(x + self.pos_embed)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        for block in self.blocks[:-1]:
-            x = self._run(block, x)
-        return x
 
     def _select_and_fuse(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """All blocks but the last: (B, N, C) -> the class token and every pick, (B, 1 + (L-1)K, C)."""
@@ -117,8 +114,6 @@ class FFVT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder` (made if missing)."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, folder / WEIGHTS_FILE)
@@ -131,8 +126,6 @@ class FFVT(nn.Module):
         Raises:
             FileNotFoundError: no config.json or model.safetensors there. ValueError: one of them does not fit.
         """
-        from ffvt.model.weights import load_weights
-
         folder = Path(folder)
         try:
             fields = json.loads((folder / CONFIG_FILE).read_text())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,8 +124,6 @@ def _read_by_content(path: Path, model: nn.Module) -> Mapping[str, Any]:
     with path.open("rb") as file:
         head = file.read(9)
     if len(head) == 9 and head[8:] == b"{":
-        from safetensors.torch import load_file
-
         return load_file(path)
     return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
