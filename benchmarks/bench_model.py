@@ -1,7 +1,7 @@
 """The whole model against its rivals: inference forward and training step.
 
     python -m benchmarks.bench_model [--model_type vit_b16] [--image_size 448] [--batch_size 4] [--num_select 12]
-        [--dtype bf16] [--device cpu] [--rounds 10] [--threads 2] [--out FILE] [--quick]
+        [--dtype bf16] [--device cpu] [--rounds 10] [--threads 2] [--out FILE] [--rivals NAME ...] [--quick]
 
 Rivals: the authors' eager form; "composition", our model with every row computed and on plain PyTorch operators; ours
 as it comes; timm's plain ViT of the same size; our plain ViT. The fusion models share one set of weights, the plain
@@ -217,7 +217,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     timings: dict[str, dict[str, Timing]] = {}
     for mode in MODES:
         timings[mode] = measure(cases[mode], arguments.rounds, arguments.warmup, device, None if timings else gate)
-    peaks = iter(peak_memory([case for mode in MODES for case in cases[mode]], device))
+    measured = [case for mode in MODES for case in cases[mode]]
+    peaks = iter([None] * len(measured) if arguments.skip_memory else peak_memory(measured, device))
     return [
         {**common, "mode": mode, **line, "peak_memory_bytes": next(peaks)}
         for mode in MODES
@@ -257,9 +258,9 @@ def timing_fields(timings: dict[str, Timing]) -> list[dict[str, Any]]:
 
 
 def model_cases(config: ffvt.FFVTConfig, mode: str, arguments: argparse.Namespace) -> list[Case]:
-    """Every rival in one mode."""
+    """The chosen rivals in one mode; the two baselines are always among them."""
     shape = (config, arguments.batch_size, arguments.dtype, arguments.device)
-    return [Case(name, Workload(name, mode, *shape)) for name in (*FUSION, *PLAIN)]
+    return [Case(name, Workload(name, mode, *shape)) for name in arguments.rivals]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -274,8 +275,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="untimed rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--out", type=Path, help="JSON lines to append to; benchmarks/results/model.jsonl")
+    parser.add_argument("--rivals", nargs="+", choices=(*FUSION, *PLAIN), default=(*FUSION, *PLAIN))
+    parser.add_argument("--skip_memory", action="store_true", help="no second pass for peak memory")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; writes only where --out says")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not {EAGER, TIMM} <= set(arguments.rivals):
+        parser.error(f"--rivals must name both baselines, {EAGER!r} and {TIMM!r}; got {list(arguments.rivals)}")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
