@@ -24,6 +24,7 @@ VARIANTS = {
         *("--feature_fusion", "--last_block", "pretrained", "--first_candidate", "1", "--dropout", "0")
     ],
     "plain ViT, no dropout": ["--dropout", "0"],
+    "FFVT, the authors' defaults but no dropout": ["--feature_fusion", "--dropout", "0"],
 }
 RECIPE = {
     "dataset": "imagefolder",
