@@ -1,12 +1,13 @@
 """Which backend serves a call: the table of backends, the forced choice, and the reasons.
 
-A backend is a module with the functions `<operator>_forward` / `<operator>_backward` and
-`unsupported(operator, *tensors) -> reasons`. The automatic choice goes by device and may change speed, never results.
+A backend is a module with the functions `<operator>_forward` / `<operator>_backward`, `missing() -> reasons` (why it can
+serve nothing on this machine) and `unsupported(operator, *tensors) -> reasons` (why not this call). The automatic choice goes by device and may change speed, never results.
 A forced backend (`use_backend`) never falls back.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -20,11 +21,12 @@ log = logging.getLogger("ffvt")
 BACKENDS = ("triton", "cpp", "torch", "reference")
 AUTO = ""  # the operators' `backend` argument when nothing is forced
 
-_MODULES = {"torch": "ffvt.kernels.torch_path", "reference": "ffvt.kernels.reference"}
-_NOT_BUILT = {
-    "triton": "the Triton kernels are not part of this version",
-    "cpp": "the C++ kernels are not part of this version",
+_MODULES = {
+    "triton": "ffvt.kernels.triton_path",
+    "torch": "ffvt.kernels.torch_path",
+    "reference": "ffvt.kernels.reference",
 }
+_NOT_BUILT = {"cpp": "the C++ kernels are not part of this version"}
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 _DEFAULT_PREFERENCE = ("torch",)
 
@@ -84,9 +86,24 @@ def resolve(operator: str, backend: str, *tensors: Tensor) -> ModuleType:
 
 
 def _reasons(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    return _load_reasons(backend) or importlib.import_module(_MODULES[backend]).unsupported(operator, *tensors)
+
+
+@functools.cache
+def _load_reasons(backend: str) -> list[str]:
+    """Why the backend's module cannot be used at all."""
     if backend in _NOT_BUILT:
         return [_NOT_BUILT[backend]]
-    return importlib.import_module(_MODULES[backend]).unsupported(operator, *tensors)
+    try:
+        importlib.import_module(_MODULES[backend])
+    except ImportError as error:
+        return [f"cannot be imported: {error}"]
+    return []
+
+
+def _missing(backend: str) -> list[str]:
+    """Why the backend can serve no call on this machine."""
+    return _load_reasons(backend) or importlib.import_module(_MODULES[backend]).missing()
 
 
 def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> None:
@@ -115,7 +132,7 @@ def info() -> dict[str, Any]:
     """
     from ffvt.version import __version__
 
-    backends = {name: _NOT_BUILT.get(name, "available") for name in BACKENDS}
+    backends = {name: "; ".join(_missing(name)) or "available" for name in BACKENDS}
     devices = {}
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def missing() -> list[str]:
+    """Reasons why no call on this machine can be served: none."""
+    return []
+
+
 def unsupported(operator: str, *tensors: Tensor) -> list[str]:
     """Reasons why this backend cannot serve a call: none, it serves everything."""
     return []

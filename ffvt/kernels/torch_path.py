@@ -20,6 +20,11 @@ from ffvt.kernels.reference import accumulator_dtype, check_index_range, maws_sc
 TILE = 128  # query rows of the tiled backward
 
 
+def missing() -> list[str]:
+    """Reasons why no call on this machine can be served: none."""
+    return []
+
+
 def unsupported(operator: str, *tensors: Tensor) -> list[str]:
     """Reasons why this backend cannot serve a call: none, it serves everything."""
     return []
