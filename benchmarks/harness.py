@@ -84,6 +84,7 @@ def measure(
     device: str,
     gate: Callable[[], object] | None = None,
     calls: int = 1,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times the cases in interleaved rounds.
 
@@ -93,6 +94,7 @@ def measure(
         device: "cpu" (perf_counter) or "cuda" (events).
         gate: runs before anything is set up; it raises if the rivals disagree.
         calls: calls per sample, for functions too short for the clock; a sample is their mean.
+        before: runs before each sample, untimed: to empty a cache, say.
 
     Raises:
         ValueError: two cases of one name, or no round.
@@ -111,6 +113,8 @@ def measure(
         gc.disable()  # Python's collector works between rounds, not inside a sample
         try:
             for name in order.sample(names, len(names)):
+                if before is not None:
+                    before()
                 sample = elapsed(functions[name], calls) / calls
                 if number >= 0:
                     samples[name].append(sample)

@@ -1,9 +1,35 @@
-"""Every test starts from one seed, with unwritten memory poisoned."""
+"""Every test starts from one seed, with unwritten memory poisoned.
+
+A test that takes `backend` runs once per backend. Without a GPU the Triton kernels run in Triton's interpreter, on CPU
+tensors; with one they run there, as `-m gpu`.
+"""
+
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
+
+ON_CPU = ("torch", "reference") if torch.cuda.is_available() else ("torch", "reference", "triton")
+ON_GPU = ("triton", "torch") if torch.cuda.is_available() else ()
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param((name, "cpu"), id=name) for name in ON_CPU),
+        *(pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ON_GPU),
+    ]
+)
+def backend(request):
+    """The name of a backend; tensors are made on a device that it serves."""
+    name, device = request.param
+    with torch.device(device):
+        yield name
 
 
 @pytest.fixture(autouse=True)

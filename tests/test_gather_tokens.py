@@ -4,9 +4,7 @@ import pytest
 import torch
 
 import ffvt
-from tests.helpers import SERVING
-
-backends = pytest.mark.parametrize("backend", SERVING)
+from tests.helpers import skip_unserved
 
 
 def sample(batch=3, tokens=11, channels=5, picks=4, dtype=torch.float32):
@@ -15,9 +13,9 @@ def sample(batch=3, tokens=11, channels=5, picks=4, dtype=torch.float32):
     return x, index
 
 
-@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_rows_are_copied_exactly(backend, dtype):
+    skip_unserved(backend, dtype)
     x, index = sample(dtype=dtype)
     with ffvt.use_backend(backend):
         tokens = ffvt.gather_tokens(x, index)
@@ -27,9 +25,9 @@ def test_rows_are_copied_exactly(backend, dtype):
     assert tokens.is_contiguous()
 
 
-@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gradient_reaches_the_picked_rows_only(backend, dtype):
+    skip_unserved(backend, dtype)
     x, index = sample(dtype=dtype)
     grad = torch.randn(3, 4, 5).to(dtype)
     with ffvt.use_backend(backend):
@@ -38,7 +36,6 @@ def test_the_gradient_reaches_the_picked_rows_only(backend, dtype):
     assert torch.equal(found, expected)
 
 
-@backends
 def test_a_repeated_pick_receives_the_sum(backend):
     x = torch.randn(1, 4, 2, requires_grad=True)
     index = torch.tensor([[2, 0, 2]])
@@ -47,7 +44,6 @@ def test_a_repeated_pick_receives_the_sum(backend):
     assert x.grad.tolist() == [[[3.0, 4.0], [0.0, 0.0], [11.0, 22.0], [0.0, 0.0]]]
 
 
-@backends
 def test_strided_input_and_one_token(backend):
     x = torch.randn(5, 7, 2).permute(2, 1, 0).requires_grad_()  # (2, 7, 5)
     index = torch.tensor([[6], [0]])
@@ -56,14 +52,15 @@ def test_strided_input_and_one_token(backend):
     assert torch.equal(tokens[:, 0], torch.stack([x[0, 6], x[1, 0]]))
 
 
-@backends
 def test_operator_checks(backend):
-    x, index = sample(dtype=torch.float64)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x, index = sample(dtype=dtype)
     torch.library.opcheck(torch.ops.ffvt.gather_tokens, (x, index, backend))
     grad = torch.randn(3, 4, 5)
     torch.library.opcheck(torch.ops.ffvt.gather_tokens_backward, (grad, index, 11, backend))
     with ffvt.use_backend(backend):
-        assert torch.autograd.gradcheck(lambda x: ffvt.gather_tokens(x, index), x)
+        if dtype == torch.float64:
+            assert torch.autograd.gradcheck(lambda x: ffvt.gather_tokens(x, index), x)
         compiled = torch.compile(ffvt.gather_tokens, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, index), ffvt.gather_tokens(x, index))
 
@@ -84,7 +81,6 @@ BAD = {
 }
 
 
-@backends
 @pytest.mark.parametrize(("x", "index", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_named(backend, x, index, error, message):
     with ffvt.use_backend(backend), pytest.raises(error, match=message):

@@ -8,11 +8,10 @@ import torch
 
 import ffvt
 from ffvt.kernels import torch_path
-from tests.helpers import SERVING, SHAPES, explicit, heads, rms, truth, worst
+from tests.helpers import SHAPES, explicit, heads, rms, skip_unserved, truth, worst
 
 HALF_ULP = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 LAYOUTS = ("separate", "packed")
-backends = pytest.mark.parametrize("backend", SERVING)
 
 
 def attend(layout, q, k, v, *args, **kwargs):
@@ -21,11 +20,11 @@ def attend(layout, q, k, v, *args, **kwargs):
     return ffvt.maws_attention_qkvpacked(torch.stack([q, k, v], dim=2), *args, **kwargs)
 
 
-@backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_error_stays_within_twice_that_of_plain_matmuls(backend, layout, dtype, shape):
+    skip_unserved(backend, dtype)
     q, k, v = heads(shape, dtype)
     scale = shape[3] ** -0.5
     with ffvt.use_backend(backend):
@@ -40,11 +39,11 @@ def test_error_stays_within_twice_that_of_plain_matmuls(backend, layout, dtype, 
     assert index.dtype == torch.int64
 
 
-@backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradient_error_stays_within_three_times_that_of_plain_matmuls(backend, layout, dtype, shape):
+    skip_unserved(backend, dtype)
     q, k, v = heads(shape, dtype)
     scale = shape[3] ** -0.5
     grad_out = torch.randn(shape).to(dtype)
@@ -58,7 +57,6 @@ def test_gradient_error_stays_within_three_times_that_of_plain_matmuls(backend, 
         assert rms(mine, true) <= 3 * rms(theirs, true) + rounding
 
 
-@backends
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("first_candidate", [0, 1])
 def test_picks_are_the_largest_scores_in_order(backend, shape, first_candidate):
@@ -83,7 +81,6 @@ def test_picks_are_the_largest_scores_in_order(backend, shape, first_candidate):
         assert torch.equal(index[clear].sort().values, chosen[clear].sort().values)
 
 
-@backends
 def test_the_product_is_of_head_means_not_the_mean_of_products(backend):
     q, k, v = heads((1, 9, 4, 8))
     logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / 8**0.5
@@ -94,7 +91,6 @@ def test_the_product_is_of_head_means_not_the_mean_of_products(backend):
     assert not torch.allclose(score, (row * column).mean(1))
 
 
-@backends
 def test_ties_go_to_the_lower_index(backend):
     q, k, v = (torch.zeros(2, 11, 2, 4) for _ in range(3))  # all scores are equal
     with ffvt.use_backend(backend):
@@ -112,7 +108,6 @@ def test_nan_scores_rank_last_and_are_picked_only_for_want_of_others(select_top)
     assert select_top(score, 5, 1).tolist() == [[2, 4, 5, 1, 3]]
 
 
-@backends
 def test_a_nan_in_one_image_leaves_the_others_alone(backend):
     q, k, v = (t.detach() for t in heads((2, 9, 2, 8)))
     with ffvt.use_backend(backend):
@@ -124,7 +119,6 @@ def test_a_nan_in_one_image_leaves_the_others_alone(backend):
     assert torch.equal(out[1], clean[0][1])
 
 
-@backends
 def test_all_tokens_can_be_picked(backend):
     q, k, v = heads((2, 13, 2, 8))
     with ffvt.use_backend(backend):
@@ -132,7 +126,6 @@ def test_all_tokens_can_be_picked(backend):
     assert index.sort().values.tolist() == [list(range(13))] * 2
 
 
-@backends
 def test_an_empty_batch_gives_empty_results(backend):
     q = torch.zeros(0, 5, 2, 4, requires_grad=True)
     with ffvt.use_backend(backend):
@@ -144,7 +137,6 @@ def test_an_empty_batch_gives_empty_results(backend):
     assert q.grad.shape == q.shape
 
 
-@backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_out_carries_a_gradient(backend, layout):
     with ffvt.use_backend(backend):
@@ -152,7 +144,6 @@ def test_only_out_carries_a_gradient(backend, layout):
     assert [t.requires_grad for t in results] == [True, False, False]
 
 
-@backends
 def test_strided_inputs_give_what_contiguous_ones_give(backend):
     wide = torch.randn(2, 3, 11, 3, 20)
     q, k, v = (
@@ -181,9 +172,9 @@ def test_packed_and_separate_agree_to_the_bit():
     assert torch.equal(grad, torch.stack(grads, dim=2))
 
 
-@backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp64_gradcheck(backend, layout):
+    skip_unserved(backend, torch.float64)
     with ffvt.use_backend(backend):
         inputs = heads((2, 6, 2, 3), torch.float64)
         assert torch.autograd.gradcheck(lambda q, k, v: attend(layout, q, k, v, 2)[0], inputs)
@@ -205,9 +196,9 @@ def test_the_tiled_backward_of_other_devices_agrees_with_the_reference(dtype):
         assert rms(mine, theirs.double()) <= share * theirs.double().square().mean().sqrt()
 
 
-@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend, dtype):
+    skip_unserved(backend, dtype)
     q, k, v = heads((2, 9, 2, 8), dtype)
     torch.library.opcheck(torch.ops.ffvt.maws_attention, (q, k, v, 3, 0.5, 1, backend))
     qkv = torch.stack([q, k, v], dim=2).detach().requires_grad_()
@@ -243,7 +234,6 @@ def test_exports():
     assert all(torch.equal(a, b) for a, b in zip(program.module()(qkv), Module()(qkv)))
 
 
-@backends
 def test_two_runs_are_equal_to_the_bit(backend):
     q, k, v = heads((2, 131, 3, 16))
     with ffvt.use_backend(backend):

@@ -1,8 +1,8 @@
 """Which backend serves a call: the table of backends, the forced choice, and the reasons.
 
-A backend is a module with the functions `<operator>_forward` / `<operator>_backward`, `missing() -> reasons` (why it can
-serve nothing on this machine) and `unsupported(operator, *tensors) -> reasons` (why not this call). The automatic choice goes by device and may change speed, never results.
-A forced backend (`use_backend`) never falls back.
+A backend is a module with the functions `<operator>_forward` / `<operator>_backward`, `missing() -> reasons` (why it
+can serve nothing on this machine) and `unsupported(operator, *tensors) -> reasons` (why not this call). The automatic
+choice goes by device and may change speed, never results. A forced backend (`use_backend`) never falls back.
 """
 
 from __future__ import annotations

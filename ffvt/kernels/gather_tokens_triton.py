@@ -1,9 +1,9 @@
 """gather_tokens in Triton: rows out, and their gradient back in one pass.
 
 What: (B, N, C), (B, K) -> (B, K, C), and the gradient (B, N, C) of the input.
-How: forward copies one row per program. Backward writes each element of the gradient once: a program owns a block of rows,
-    starts from zero and adds the picks that fall in the block, in the order of the picks. No fill before it, no atomics;
-    a row that is picked twice gets the sum, in fp32, the same every time.
+How: forward copies one row per program. Backward writes each element of the gradient once: a program owns a block of
+    rows, starts from zero and adds the picks that fall in the block, in the order of the picks. No fill before it, no
+    atomics; a row that is picked twice gets the sum, in fp32, the same every time.
 Memory: the results.
 Limits: fp16, bf16, fp32; one image of x within 2^31 elements.
 Source: FFVT (arXiv 2107.02341), section 3.2.

@@ -1,10 +1,10 @@
 """maws_attention backward in Triton: dq, dk and dv without the map, without atomics.
 
 What: the gradient of `out` with respect to q, k, v, written into given tensors (views of one packed gradient as well).
-How: two launches. The first walks a tile of queries over the keys and makes dq; as it holds the tile's `out` and its
-    gradient anyway, it also makes delta = rowsum(out grad_out), which no other pass has to read them for. The second walks
-    a tile of keys over the queries and makes dk and dv. The tiles' probabilities are recomputed from lse. Each element is
-    written by one program that adds in a fixed order, so runs are equal to the bit.
+How: two launches (three in fp32). The first walks a tile of queries over the keys and makes dq; as it holds the tile's
+    `out` and its gradient anyway, it also makes delta = rowsum(out grad_out), which no other pass has to read them
+    for. The second walks a tile of keys over the queries and makes dk and dv. The tiles' probabilities are recomputed
+    from lse. Each element is written by one program that adds in a fixed order, so runs are equal to the bit.
     class split: as in the forward, the class token is a vector beside the tiles. A tile's sum starts from it, one more
     program per head makes its own line of dq (first launch) or of dk and dv (second), and the patches need no mask.
 Memory: one fp32 array (B, H, N), delta. The map exists only as tiles in registers.
@@ -37,6 +37,11 @@ from ffvt.kernels.tiles_triton import (
     zero_tile,
 )
 
+WANTED = {  # dk and dv of one launch of the second kernel; in fp32 both at once spill registers
+    False: ({"WANT_DK": True, "WANT_DV": True},),
+    True: ({"WANT_DK": True, "WANT_DV": False}, {"WANT_DK": False, "WANT_DV": True}),
+}
+
 
 def maws_attention_backward(
     grad_out: Tensor,
@@ -57,23 +62,26 @@ def maws_attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     low, high = head_blocks(head_dim)
+    dq, dk, dv = grads
+    arch = tuning.architecture(q.device)
     inputs = (q, k, v, grad_out)
-    strides = [stride for tensor in inputs for stride in tensor.stride()[:3]]
-    for kernel, name, tensors, targets in (
-        (query_gradient_kernel, "query_gradient", (out,), grads[:1]),
-        (key_gradient_kernel, "key_gradient", (), grads[1:]),
-    ):
-        config = tuning.attention(name, q.device, q.dtype, head_dim, tokens)
+    shape = {"D": head_dim, "LOW": low, "HIGH": high}
+
+    def launch(kernel: triton.JITFunction, name: str, tensors: tuple, targets: tuple, **want: bool) -> None:
+        config = tuning.attention(name, arch, q.element_size(), head_dim)
+        strides = [stride for tensor in (*inputs, *targets) for stride in tensor.stride()[:3]]
         kernel[config.grid(tokens, batch * heads)](
-            *(*inputs, *tensors, lse, delta, *targets, *strides),
-            *(stride for target in targets for stride in target.stride()[:3]),
+            *(*inputs, *tensors, *targets, *strides),
             *(tokens, heads, scale, scale * LOG2_E.value),
-            D=head_dim,
-            LOW=low,
-            HIGH=high,
+            **shape,
+            **want,
             **config.constants,
             **config.options,
         )
+
+    launch(query_gradient_kernel, "query_gradient", (out, lse, delta), (dq,))
+    for want in WANTED[q.dtype == torch.float32]:
+        launch(key_gradient_kernel, "key_gradient", (lse, delta), (dk, dv), **want)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -137,8 +145,8 @@ def query_gradient_kernel(
             tl.store(delta, class_delta)
             # fmt: off
             dq_low, dq_high, _, _ = class_line(
-                k, v, k_row, v_row, q, grad_out, tl.load(lse), class_delta, tokens, scale, scale_2, D, LOW, HIGH, True, BLOCK_K,
-            )
+                k, v, k_row, v_row, q, grad_out, tl.load(lse), class_delta, tokens, scale, scale_2, D, LOW, HIGH, True,
+            BLOCK_K, )
             # fmt: on
             store_vector(dq, dq_low, dq_high, D, LOW, HIGH)
     if tile < tiles:
@@ -293,8 +301,11 @@ def key_gradient_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
 ):
-    """dk and dv of one tile of keys of one head; with CLASS_SPLIT the last program of a head serves its class key."""
+    """dk, dv or both of one tile of keys of one head; with CLASS_SPLIT the last program of a head serves its class
+    key."""
     first: tl.constexpr = 1 if CLASS_SPLIT else 0
     tiles = tl.cdiv(tokens - first, BLOCK_K)
     head = tl.program_id(0) // (tiles + first)
@@ -314,14 +325,16 @@ def key_gradient_kernel(
                 q, grad_out, q_row, grad_row, k, v, lse, delta, tokens, scale, scale_2, D, LOW, HIGH, False, BLOCK_Q,
             )
             # fmt: on
-            store_vector(dk, dk_low, dk_high, D, LOW, HIGH)
-            store_vector(dv, dv_low, dv_high, D, LOW, HIGH)
+            if WANT_DK:
+                store_vector(dk, dk_low, dk_high, D, LOW, HIGH)
+            if WANT_DV:
+                store_vector(dv, dv_low, dv_high, D, LOW, HIGH)
     if tile < tiles:
         # fmt: off
         key_tile_gradient(
             q, k, v, grad_out, lse, delta, dk, dv, q_row, k_row, v_row, grad_row, dk_row, dv_row,
-            first + tile * BLOCK_K, tokens, scale, scale_2, D, LOW, HIGH, CLASS_SPLIT, BLOCK_Q, BLOCK_K, TAIL,
-        )
+            first + tile * BLOCK_K, tokens, scale, scale_2, D, LOW, HIGH, CLASS_SPLIT, BLOCK_Q, BLOCK_K, TAIL, WANT_DK,
+        WANT_DV, )
         # fmt: on
 
 
@@ -352,8 +365,10 @@ def key_tile_gradient(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
 ):
-    """BLOCK_K rows of dk and dv."""
+    """BLOCK_K rows of what is wanted of dk and dv."""
     first: tl.constexpr = 1 if CLASS_SPLIT else 0
     keys = start_key + tl.arange(0, BLOCK_K)
     inside = keys < tokens
@@ -364,7 +379,8 @@ def key_tile_gradient(
         grad_low, grad_high = load_vector(grad_out, D, LOW, HIGH)
         # fmt: off
         probs, d_logits = class_weights(
-            k_low, k_high, q_low, q_high, v_low, v_high, grad_low, grad_high, tl.load(lse), tl.load(delta), scale_2, HIGH
+            k_low, k_high, q_low, q_high, v_low, v_high, grad_low, grad_high, tl.load(lse), tl.load(delta), scale_2,
+            HIGH
         )
         # fmt: on
         dk_low, dk_high = outer(d_logits, q_low, q_high, HIGH)
@@ -377,18 +393,20 @@ def key_tile_gradient(
         # fmt: off
         dk_low, dk_high, dv_low, dv_high = add_queries(
             k_low, k_high, v_low, v_high, q, grad_out, q_row, grad_row, start, tokens, lse, delta, scale_2,
-            dk_low, dk_high, dv_low, dv_high, D, LOW, HIGH, BLOCK_Q, False,
+            dk_low, dk_high, dv_low, dv_high, D, LOW, HIGH, WANT_DK, WANT_DV, BLOCK_Q, False,
         )
         # fmt: on
     for start in range(tail, tokens, TAIL):
         # fmt: off
         dk_low, dk_high, dv_low, dv_high = add_queries(
             k_low, k_high, v_low, v_high, q, grad_out, q_row, grad_row, start, tokens, lse, delta, scale_2,
-            dk_low, dk_high, dv_low, dv_high, D, LOW, HIGH, TAIL, True,
+            dk_low, dk_high, dv_low, dv_high, D, LOW, HIGH, WANT_DK, WANT_DV, TAIL, True,
         )
         # fmt: on
-    store_tile(dk, keys, dk_row, inside, dk_low * scale, dk_high * scale, D, LOW, HIGH)
-    store_tile(dv, keys, dv_row, inside, dv_low, dv_high, D, LOW, HIGH)
+    if WANT_DK:
+        store_tile(dk, keys, dk_row, inside, dk_low * scale, dk_high * scale, D, LOW, HIGH)
+    if WANT_DV:
+        store_tile(dv, keys, dv_row, inside, dv_low, dv_high, D, LOW, HIGH)
 
 
 @triton.jit
@@ -413,6 +431,8 @@ def add_queries(
     D: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -429,10 +449,12 @@ def add_queries(
     logits = multiply_transposed(k_low, k_high, q_low, q_high, HIGH)  # (BLOCK_K, BLOCK)
     probs = tl.exp2(logits * scale_2 - (tile_lse * LOG2_E)[None, :])
     grad_low, grad_high = load_tile(grad_out, queries, grad_row, inside, D, LOW, HIGH, MASKED)
-    dv_low, dv_high = add_product(probs, grad_low, grad_high, dv_low, dv_high, HIGH)
-    d_probs = multiply_transposed(v_low, v_high, grad_low, grad_high, HIGH)
-    d_logits = probs * (d_probs - tile_delta[None, :])
-    dk_low, dk_high = add_product(d_logits, q_low, q_high, dk_low, dk_high, HIGH)
+    if WANT_DV:
+        dv_low, dv_high = add_product(probs, grad_low, grad_high, dv_low, dv_high, HIGH)
+    if WANT_DK:
+        d_probs = multiply_transposed(v_low, v_high, grad_low, grad_high, HIGH)
+        d_logits = probs * (d_probs - tile_delta[None, :])
+        dk_low, dk_high = add_product(d_logits, q_low, q_high, dk_low, dk_high, HIGH)
     return dk_low, dk_high, dv_low, dv_high
 
 
@@ -483,8 +505,8 @@ def class_line(
 ):
     """The class token against all N tokens: its gradient as a query (dq) or as a key (dk, and dv last), in fp32.
 
-    a and b are walked, a_class and b_class are the class token's (see `class_weights`). As a query, lse and delta are its
-    own numbers; as a key, pointers to those of all queries.
+    a and b are walked, a_class and b_class are the class token's (see `class_weights`). As a query, lse and delta are
+    its own numbers; as a key, pointers to those of all queries.
     """
     a_class_low, a_class_high = load_vector(a_class, D, LOW, HIGH)
     b_class_low, b_class_high = load_vector(b_class, D, LOW, HIGH)

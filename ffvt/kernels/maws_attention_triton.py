@@ -1,11 +1,11 @@
 """maws_attention forward in Triton: attention that leaves the class token's row and column of logits behind.
 
-What: out (B, N, H, D), lse, and the logits S[0, :] and S[:, 0] of every head, (B, H, N) fp32; then the selection kernel of
-    `maws_select_triton` picks from them. Two launches.
+What: out (B, N, H, D), lse, and the logits S[0, :] and S[:, 0] of every head, (B, H, N) fp32; then the selection
+    kernel of `maws_select_triton` picks from them. Two launches.
 How: FlashAttention-2's online softmax in base 2 with fp32 sums. Two forms, chosen per shape in `tuning`:
-    class split: each tile of patch queries starts its softmax from the class key (maximum s_i0, sum 1, output v_0), which
-        gives column 0 for free; the N-1 patch keys, a multiple of 16 at all usual image sizes, follow in blocks without a
-        mask; one more program per head makes the class token's own row.
+    class split: each tile of patch queries starts its softmax from the class key (maximum s_i0, sum 1, output v_0),
+        which gives column 0 for free; the N-1 patch keys, a multiple of 16 at all usual image sizes, follow in blocks
+        without a mask; one more program per head makes the class token's own row.
     tail mask: class token and patches alike; the last keys are masked, the first tile of queries stores row 0.
 Memory: three fp32 arrays (B, H, N), lse included. The map exists only as tiles in registers.
 Limits: D up to 128; fp16, bf16, fp32 (not rounded to TF32); one image of q, k, v or out within 2^31 elements.
@@ -46,7 +46,7 @@ def maws_attention_forward(
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse, row, column = (torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device) for _ in range(3))
-    config = tuning.attention("forward", q.device, q.dtype, head_dim, tokens)
+    config = tuning.attention("forward", tuning.architecture(q.device), q.element_size(), head_dim)
     low, high = head_blocks(head_dim)
     if batch:
         attention_forward_kernel[config.grid(tokens, batch * heads)](
@@ -116,8 +116,8 @@ def attention_forward_kernel(
     if tile < tiles:
         # fmt: off
         query_tile(
-            q, k, v, out, lse + line, row + line, column + line, q_row, k_row, v_row, heads * D, tile, tokens, scale, scale_2,
-            D, LOW, HIGH, NEGATIVE, CLASS_SPLIT, BLOCK_Q, BLOCK_K, TAIL,
+            q, k, v, out, lse + line, row + line, column + line, q_row, k_row, v_row, heads * D, tile, tokens, scale,
+            scale_2, D, LOW, HIGH, NEGATIVE, CLASS_SPLIT, BLOCK_Q, BLOCK_K, TAIL,
         )
         # fmt: on
 
@@ -172,15 +172,15 @@ def query_tile(
     for start in range(first, tail, BLOCK_K):
         # fmt: off
         maximum, total, out_low, out_high = attend(
-            q_low, q_high, k, v, row, k_row, v_row, start, tokens, store_row, scale, scale_2, maximum, total, out_low, out_high,
-            D, LOW, HIGH, CLASS_SPLIT, BLOCK_K, False,
+            q_low, q_high, k, v, row, k_row, v_row, start, tokens, store_row, scale, scale_2, maximum, total, out_low,
+            out_high, D, LOW, HIGH, CLASS_SPLIT, BLOCK_K, False,
         )
         # fmt: on
     for start in range(tail, tokens, TAIL):
         # fmt: off
         maximum, total, out_low, out_high = attend(
-            q_low, q_high, k, v, row, k_row, v_row, start, tokens, store_row, scale, scale_2, maximum, total, out_low, out_high,
-            D, LOW, HIGH, CLASS_SPLIT, TAIL, True,
+            q_low, q_high, k, v, row, k_row, v_row, start, tokens, store_row, scale, scale_2, maximum, total, out_low,
+            out_high, D, LOW, HIGH, CLASS_SPLIT, TAIL, True,
         )
         # fmt: on
     tl.store(lse + queries, (maximum + tl.log2(total)) * LN_2, mask=inside)

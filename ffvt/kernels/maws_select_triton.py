@@ -1,12 +1,12 @@
 """maws_select in Triton: scores and picks from the class token's row and column of logits, in one launch per layer.
 
-What: `pick` turns row and column (B, H, N) into index (B, K) int64 and score (B, N) fp32; `maws_select_forward` computes
-    the two lines first, reading q and k once.
+What: `pick` turns row and column (B, H, N) into index (B, K) int64 and score (B, N) fp32; `maws_select_forward`
+    computes the two lines first, reading q and k once.
 How: one program per image holds a score per token; it goes through the heads a few at a time (softmax of both lines in
     fp32, added up), multiplies the two means, and takes the top K of unique integer keys: the score's bits above, the
     inverted index below. So order and ties are exact, and no sort's stability matters.
 Memory: row and column, 2 (B, H, N) fp32, for `maws_select_forward`; nothing else for `pick`.
-Limits: N up to 16,384, as the scores of an image live in one program's registers.
+Limits: N up to 8,192, as the scores of an image live in one program's registers.
 Source: FFVT (arXiv 2107.02341), section 3.2.
 """
 
@@ -20,15 +20,13 @@ from torch import Tensor
 from ffvt.kernels import tuning
 from ffvt.kernels.tiles_triton import head_blocks, head_start, load_tile, load_vector, multiply_vector
 
-MAX_TOKENS = 16384
-
 
 def pick(row: Tensor, column: Tensor, num_select: int, first_candidate: int) -> tuple[Tensor, Tensor]:
     """index (B, K) int64, best first, and score (B, N) fp32."""
     batch, heads, tokens = row.shape
     index = torch.empty(batch, num_select, dtype=torch.int64, device=row.device)
     score = torch.empty(batch, tokens, dtype=torch.float32, device=row.device)
-    config = tuning.select(tokens, num_select)
+    config = tuning.select(tuning.architecture(row.device), tokens, num_select)
     if batch:
         select_kernel[(batch,)](
             *(row, column, score, index, tokens, heads, num_select, first_candidate),
@@ -97,13 +95,11 @@ def class_logits_kernel(
 
 
 @triton.jit
-def sum_of_softmaxes(lines, offsets, mask):
-    """Softmax of each line of logits (HEADS, BLOCK), added over the heads that the mask holds: (BLOCK,)."""
-    logits = tl.load(lines + offsets, mask=mask, other=float("-inf"))
-    maximum = tl.max(logits, 1)
-    weights = tl.where(mask, tl.exp(logits - maximum[:, None]), 0.0)
-    total = tl.sum(weights, 1)
-    return tl.sum(tl.where(mask, weights / total[:, None], 0.0), 0)
+def sum_of_softmaxes(lines, offsets, inside, counted):
+    """Softmax of each line of logits (HEADS, BLOCK) over its tokens inside, summed over the counted lines: (BLOCK,)."""
+    logits = tl.load(lines + offsets, mask=inside[None, :], other=float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return tl.sum(tl.where(counted[:, None], weights / tl.sum(weights, 1)[:, None], 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "num_select", "first_candidate"])
@@ -128,10 +124,9 @@ def select_kernel(
     contribution = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, heads, HEADS):
         head = start + tl.arange(0, HEADS)
-        offsets = (image * heads + head[:, None]) * tokens + token[None, :]
-        mask = (head[:, None] < heads) & inside[None, :]
-        cls_attention += sum_of_softmaxes(row, offsets, mask)
-        contribution += sum_of_softmaxes(column, offsets, mask)
+        offsets = (image * heads + tl.minimum(head, heads - 1)[:, None]) * tokens + token[None, :]
+        cls_attention += sum_of_softmaxes(row, offsets, inside, head < heads)
+        contribution += sum_of_softmaxes(column, offsets, inside, head < heads)
     value = (cls_attention / heads) * (contribution / heads)
     tl.store(score + image * tokens + token, value, mask=inside)
     rank = tl.where(value == value, value.to(tl.int32, bitcast=True), -1)  # scores are >= 0: their bits order; NaN last

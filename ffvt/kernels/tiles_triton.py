@@ -1,7 +1,7 @@
 """Device functions that the attention kernels share: tiles of rows of one head, and their products.
 
-A head dimension D that is no power of two is kept as two column blocks, LOW + HIGH >= D (80 = 64 + 16, 96 = 64 + 32), so
-that nothing is padded to the next power of two; HIGH = 0 means that one block holds all of D. A tile is the pair
+A head dimension D that is no power of two is kept as two column blocks, LOW + HIGH >= D (80 = 64 + 16, 96 = 64 + 32),
+so that nothing is padded to the next power of two; HIGH = 0 means that one block holds all of D. A tile is the pair
 (low, high); with HIGH = 0 its second half is an alias that nothing reads.
 """
 
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 MAX_HEAD_DIM = 128
+FP32_COLUMNS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -71,9 +72,7 @@ def load_vector(base, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def store_columns(
-    base, rows, row_stride, valid, block, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
-):
+def store_columns(base, rows, row_stride, valid, block, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr):
     columns = FROM + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * row_stride + columns[None, :]
     inside = valid[:, None]
@@ -101,21 +100,62 @@ def store_vector(base, low, high, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.c
 
 
 @triton.jit
+def halves(a):
+    """Left and right half of a block's columns."""
+    return tl.split(tl.permute(tl.reshape(a, (a.shape[0], 2, a.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def row_halves(a):
+    """Upper and lower half of a block's rows."""
+    return tl.split(tl.permute(tl.reshape(a, (2, a.shape[0] // 2, a.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def add_block_product(weights, b, product):
+    """product + weights b, (R, S) x (S, W) added to (R, W), in fp32; halves S as `add_transposed` does W."""
+    if b.dtype == tl.float32 and weights.shape[1] > FP32_COLUMNS:
+        weights_left, weights_right = halves(weights)
+        b_upper, b_lower = row_halves(b)
+        product = add_block_product(weights_left, b_upper, product)
+        product = add_block_product(weights_right, b_lower, product)
+    else:
+        product = tl.dot(weights.to(b.dtype), b, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_transposed(a, b, product):
+    """product + a bT, (R, W) x (S, W) added to (R, S), in fp32.
+
+    An fp32 product runs on scalar units, which hold all W columns of their rows in registers; halving W down to
+    FP32_COLUMNS keeps that from spilling.
+    """
+    if a.dtype == tl.float32 and a.shape[1] > FP32_COLUMNS:
+        a_left, a_right = halves(a)
+        b_left, b_right = halves(b)
+        product = add_transposed(a_left, b_left, product)
+        product = add_transposed(a_right, b_right, product)
+    else:
+        product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
 def multiply_transposed(a_low, a_high, b_low, b_high, HIGH: tl.constexpr):
-    """a bT of two tiles, (R, D) x (S, D) -> (R, S), fp32; fp32 operands are not rounded to TF32."""
-    product = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
+    """a bT of two tiles, (R, D) x (S, D) -> (R, S), in fp32; fp32 operands are not rounded to TF32."""
+    product = add_transposed(a_low, b_low, tl.zeros((a_low.shape[0], b_low.shape[0]), tl.float32))
     if HIGH:
-        product = tl.dot(a_high, tl.trans(b_high), product, input_precision="ieee")
+        product = add_transposed(a_high, b_high, product)
     return product
 
 
 @triton.jit
 def add_product(weights, b_low, b_high, sum_low, sum_high, HIGH: tl.constexpr):
     """sum + weights b for a tile b: (R, S) x (S, D) added to (R, D) in fp32; weights are rounded to the dtype of b."""
-    weights = weights.to(b_low.dtype)
-    sum_low = tl.dot(weights, b_low, sum_low, input_precision="ieee")
+    sum_low = add_block_product(weights, b_low, sum_low)
     if HIGH:
-        sum_high = tl.dot(weights, b_high, sum_high, input_precision="ieee")
+        sum_high = add_block_product(weights, b_high, sum_high)
     else:
         sum_high = sum_low
     return sum_low, sum_high

@@ -1,13 +1,14 @@
 """Block sizes of the Triton kernels, per GPU architecture, element size and head dimension: one literal table.
 
-Every row says what chose it. A launch never searches: its configuration is a function of its arguments, so all processes
-agree, and `shipped` can list every configuration for the ahead-of-time report. The number of tokens decides only how
-the last few keys or queries are walked (TAIL, two values), so a new N compiles at most once more.
+Every row says what chose it. A launch never searches: its configuration is a function of its arguments, so all
+processes agree, and the ahead-of-time report compiles all there are. The number of tokens plays no part in attention: a
+new N or K compiles nothing (selection: only from one power of two to the next).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -15,7 +16,10 @@ from typing import NamedTuple
 import torch
 import triton
 
-NARROW = 16  # width of a narrow tail; the least that the matrix units take
+TAIL = {
+    2: 32,
+    4: 16,
+}  # rows of the masked steps that end a walk after the whole blocks, by element size; fp32 spills at 32
 ANY = ()
 
 
@@ -28,7 +32,7 @@ class Config:
     tile: int
 
     def grid(self, tokens: int, heads: int) -> tuple[int]:
-        """Programs for `heads` = B * H heads: the tiles of each, and one for its class token where that is split off."""
+        """Programs for `heads` = B * H heads: the tiles of each, and one for a class token that is split off."""
         split = self.constants.get("CLASS_SPLIT", False)
         return ((triton.cdiv(tokens - split, self.tile) + split) * heads,)
 
@@ -47,19 +51,55 @@ class Row(NamedTuple):
     reason: str
 
 
+# The reasons name the report of the compiler (results/static-triton-*.json: registers, spills, programs per
+# multiprocessor) or a count of bytes. None is a timing yet: no row has been measured on a GPU.
+L2 = "128 queries a program: at 64 the keys and values would come out of L2 at 26 bytes a clock per multiprocessor"
+FITS = "largest tile of those tried (64x64, 128x64, 64x32, 32x64) without a spill, two programs a multiprocessor if any"
+SCALAR = "fp32 runs on scalar units: larger tiles spill"
+TILES = "the interpreter's time goes by the number of tiles"
+
 FORWARD = (
-    Row(ANY, 2, 64, True, 64, 64, 4, 2, ""),
-    Row(ANY, 2, 128, True, 64, 64, 4, 2, ""),
-    Row(ANY, 4, 64, True, 32, 32, 4, 1, ""),
-    Row(ANY, 4, 128, True, 32, 32, 4, 1, ""),
+    Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
+    Row(("sm_90", "sm_100"), 2, 64, True, 128, 64, 8, 3, L2),
+    Row(("sm_90", "sm_100"), 2, 96, True, 64, 64, 4, 2, FITS),
+    Row(("sm_90", "sm_100"), 2, 128, True, 128, 64, 8, 2, L2),
+    Row(("gfx942",), 2, 128, True, 64, 64, 4, 2, FITS),
+    Row(ANY, 2, 64, True, 64, 64, 4, 3, FITS),
+    Row(ANY, 2, 96, True, 64, 64, 4, 2, FITS),
+    Row(ANY, 2, 128, True, 128, 64, 8, 2, FITS),
+    Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
+    Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
+    Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
 )
-QUERY_GRADIENT = FORWARD
-KEY_GRADIENT = FORWARD
+QUERY_GRADIENT = (
+    Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
+    Row(("sm_90", "sm_100"), 2, 64, True, 128, 64, 8, 2, L2),
+    Row(("sm_90", "sm_100"), 2, 96, True, 64, 64, 4, 2, FITS),
+    Row(("sm_90", "sm_100"), 2, 128, True, 128, 64, 8, 2, L2),
+    Row(ANY, 2, 64, True, 64, 64, 4, 2, FITS),
+    Row(ANY, 2, 96, True, 64, 32, 4, 2, FITS),
+    Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
+    Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
+    Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
+    Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
+    Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
+)
+KEY_GRADIENT = (
+    Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
+    Row(ANY, 2, 64, True, 64, 64, 4, 2, FITS),
+    Row(("sm_86", "sm_89"), 2, 96, True, 32, 64, 8, 2, FITS),
+    Row(ANY, 2, 96, True, 32, 64, 4, 2, FITS),
+    Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
+    Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
+    Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
+    Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
+    Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
+)
 TABLES = {"forward": FORWARD, "query_gradient": QUERY_GRADIENT, "key_gradient": KEY_GRADIENT}
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", or "interpreter" for a CPU tensor."""
+    """ "sm_90", "gfx942", or "interpreter" for a CPU tensor."""
     if device.type == "cpu":
         return "interpreter"
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
@@ -73,12 +113,20 @@ def _architecture(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def attention(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> Config:
-    """The configuration of "forward", "query_gradient" or "key_gradient"."""
-    row = find(kernel, architecture(device), dtype.itemsize, head_dim)
-    walked = row.block_q if kernel == "key_gradient" else row.block_k
-    rest = (tokens - row.class_split) % walked
-    return configure(kernel, row, NARROW if rest <= 2 * NARROW else walked)
+def attention(kernel: str, arch: str, element_size: int, head_dim: int) -> Config:
+    """The configuration of "forward", "query_gradient" or "key_gradient" for elements of that many bytes."""
+    return configure(kernel, find(kernel, arch, element_size, head_dim))
+
+
+@contextmanager
+def override(kernel: str, row: Row) -> Iterator[None]:
+    """Inside, `row` alone is the table of the kernel: for tests and for measuring one row against another."""
+    saved = TABLES[kernel]
+    TABLES[kernel] = (row,)
+    try:
+        yield
+    finally:
+        TABLES[kernel] = saved
 
 
 def find(kernel: str, arch: str, element_size: int, head_dim: int) -> Row:
@@ -90,9 +138,14 @@ def find(kernel: str, arch: str, element_size: int, head_dim: int) -> Row:
 
 
 @cache
-def configure(kernel: str, row: Row, tail: int) -> Config:
-    """The configuration of a row with one of its two tails."""
-    blocks = {"CLASS_SPLIT": row.class_split, "BLOCK_Q": row.block_q, "BLOCK_K": row.block_k, "TAIL": tail}
+def configure(kernel: str, row: Row) -> Config:
+    """The configuration of a row."""
+    blocks = {
+        "CLASS_SPLIT": row.class_split,
+        "BLOCK_Q": row.block_q,
+        "BLOCK_K": row.block_k,
+        "TAIL": TAIL[row.element_size],
+    }
     options = {"num_warps": row.warps, "num_stages": row.stages}
     return Config(blocks, options, row.block_k if kernel == "key_gradient" else row.block_q)
 
@@ -101,14 +154,25 @@ def class_logits() -> Config:
     return Config({"BLOCK": 64}, {"num_warps": 4}, 64)
 
 
+SELECT = {  # block of tokens: heads at a time, warps
+    512: (4, 4),
+    1024: (2, 8),
+    2048: (1, 8),
+    4096: (1, 16),
+    8192: (1, 32),
+}
+MAX_TOKENS = max(SELECT)
+
+
 @cache
-def select(tokens: int, num_select: int) -> Config:
-    """One program per image: all scores in registers, as many heads at a time as keep a line of logits at 4,096."""
+def select(arch: str, tokens: int, num_select: int) -> Config:
+    """One program per image holds all its scores and as many heads' logits as registers allow."""
     block = max(16, triton.next_power_of_2(tokens))
-    heads = max(1, 4096 // block)
+    heads, warps = SELECT[max(512, block)]
+    if arch.startswith("gfx"):
+        warps = min(warps, 16)  # of 64 threads
     top = min(block, max(2, triton.next_power_of_2(num_select)))
-    constants = {"HEADS": min(4, heads), "BLOCK": block, "TOP": top}
-    return Config(constants, {"num_warps": 4 if block <= 512 else 8 if block <= 4096 else 16}, 1)
+    return Config({"HEADS": heads, "BLOCK": block, "TOP": top}, {"num_warps": warps}, 1)
 
 
 def gather() -> Config:

@@ -1,0 +1,114 @@
+"""The rivals of `maws_attention_qkvpacked`: functions of packed qkv (B, N, 3, H, D), all differentiable.
+
+FUSED give the attention's output and the picks; ATTENTION_ONLY give the output alone, so that they do less than what we
+are measured on. Each takes its views of qkv as they are, without a copy of ours. A rival that is not installed, or
+that a device does not serve, raises when it is called; `serves` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ffvt
+from benchmarks.authors_eager import mutual_attention_index
+from ffvt.kernels import torch_path
+
+Rival = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # qkv, K -> out (B, N, H, D), index (B, K) or None
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+OURS, EAGER = "ours", "authors' eager"
+NOT_SERVED = (ImportError, NotImplementedError, RuntimeError, ValueError)  # what a rival raises where it cannot serve
+
+
+def ours(backend: str | None) -> Rival:
+    """The operator, on the backend that is forced, or on the automatic choice."""
+
+    def attend(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+        forced: AbstractContextManager = ffvt.use_backend(backend) if backend else nullcontext()
+        with forced:
+            return ffvt.maws_attention_qkvpacked(qkv, num_select)[:2]
+
+    return attend
+
+
+def sdpa(kind: SDPBackend | None) -> Rival:
+    """SDPA, with the backend pinned (None: PyTorch's choice)."""
+
+    def attend(qkv: Tensor, num_select: int) -> tuple[Tensor, None]:
+        pinned: AbstractContextManager = sdpa_kernel([kind]) if kind is not None else nullcontext()
+        with pinned:
+            out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in qkv.unbind(2)))
+        return out.transpose(1, 2), None
+
+    return attend
+
+
+def composition(kind: SDPBackend | None) -> Rival:
+    """SDPA, and beside it the one row and column, their softmaxes, the product and top-k in PyTorch."""
+    attention = sdpa(kind)
+
+    def attend(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+        q, k, _ = qkv.detach().unbind(2)
+        index, _ = torch_path.maws_select_forward(q, k, num_select, qkv.shape[-1] ** -0.5, 0)
+        return attention(qkv, num_select)[0], index
+
+    return attend
+
+
+def authors_eager(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+    """Two N x N softmax maps, as in `benchmarks.authors_eager`."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    scores = torch.matmul(q, k.transpose(-1, -2)) / qkv.shape[-1] ** 0.5
+    probs, weights = F.softmax(scores, dim=-1), F.softmax(scores, dim=-2)
+    out = torch.matmul(probs, v).permute(0, 2, 1, 3).contiguous()
+    return out, mutual_attention_index(weights[:, :, :, 0], probs, num_select)
+
+
+def flash_attn(qkv: Tensor, num_select: int) -> tuple[Tensor, None]:
+    """The flash-attn package."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(qkv), None
+
+
+def xformers(qkv: Tensor, num_select: int) -> tuple[Tensor, None]:
+    """The xformers package."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*qkv.unbind(2)), None
+
+
+FUSED: dict[str, Rival] = {
+    OURS: ours(None),
+    EAGER: authors_eager,
+    **{f"composition, SDPA {name}": composition(kind) for name, kind in SDPA.items()},
+}
+ATTENTION_ONLY: dict[str, Rival] = {
+    **{f"SDPA {name}": sdpa(kind) for name, kind in SDPA.items()},
+    "flash-attn": flash_attn,
+    "xformers": xformers,
+}
+
+
+def serves(rival: Rival, qkv: Tensor, num_select: int) -> str | None:
+    """None if the rival computes this input, else the reason that it gives; running out of memory is a reason."""
+    try:
+        rival(qkv, num_select)
+    except NOT_SERVED as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return None
+
+
+def eager_bytes(shape: tuple[int, int, int, int, int], element_size: int) -> int:
+    """Memory of the authors' maps of one call and its backward: scores, two maps, and their gradients."""
+    batch, tokens, _, heads, _ = shape
+    return 6 * batch * heads * tokens * tokens * element_size

@@ -1,0 +1,217 @@
+"""Compiles every shipped configuration of the Triton kernels ahead of time and reads the binaries: no GPU needed.
+
+    python -m benchmarks.static_report            compile all, rewrite results/static-triton-<version>.json
+    python -m benchmarks.static_report --check    compile all; exit 1 where the file differs or a kernel spills
+
+Per kernel, architecture, dtype and head dimension: registers, stack (spills), shared memory, warps, how many programs
+fit on one multiprocessor, and how many matrix instructions the binary holds. Another Triton version is measured by
+putting it first on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ffvt.kernels import (
+    gather_tokens_triton,
+    maws_attention_backward_triton,
+    maws_attention_triton,
+    maws_select_triton,
+    tuning,
+)
+from ffvt.kernels.tiles_triton import head_blocks
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+TARGETS = {
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NO_SPILLS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+LIMITS = {  # per multiprocessor: registers, bytes of shared memory, threads, programs
+    "sm_80": (65536, 164 * 1024, 2048, 32),
+    "sm_86": (65536, 100 * 1024, 1536, 16),
+    "sm_89": (65536, 100 * 1024, 1536, 24),
+    "sm_90": (65536, 228 * 1024, 2048, 32),
+    "sm_100": (65536, 228 * 1024, 2048, 32),
+}
+RESERVED_SHARED = 1024  # bytes of shared memory that CUDA keeps per program
+DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+HEAD_DIMS = (32, 64, 80, 96, 128)
+ATTENTION = {
+    "forward": maws_attention_triton.attention_forward_kernel,
+    "query_gradient": maws_attention_backward_triton.query_gradient_kernel,
+    "key_gradient": maws_attention_backward_triton.key_gradient_kernel,
+}
+EXTRA = {  # constants that a launch adds to the configuration
+    "forward": lambda dtype: ({"NEGATIVE": False},),
+    "query_gradient": lambda dtype: ({},),
+    "key_gradient": lambda dtype: maws_attention_backward_triton.WANTED[dtype == "fp32"],
+}
+DATA = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "x", "grad"}  # pointers to the dtype of the inputs
+STATISTICS = {"lse", "delta", "row", "column", "score"}
+UNALIGNED = {"tokens", "heads", "num_select", "first_candidate"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel in one configuration for one architecture."""
+
+    name: str
+    architecture: str
+    dtype: str
+    head_dim: int
+    constants: tuple[tuple[str, int | bool], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def jobs() -> Iterator[Job]:
+    """Every configuration that a call can launch on the listed architectures."""
+    for arch in TARGETS:
+        for dtype, size in DTYPES.items():
+            for head_dim in HEAD_DIMS:
+                low, high = head_blocks(head_dim)
+                shape = {"D": head_dim, "LOW": low, "HIGH": high}
+                for name in ATTENTION:
+                    config = tuning.attention(name, arch, size, head_dim)
+                    for extra in EXTRA[name](dtype):
+                        yield _job(name, arch, dtype, head_dim, {**shape, **extra}, config)
+                yield _job("class_logits", arch, dtype, head_dim, shape, tuning.class_logits())
+            yield _job("gather", arch, dtype, 0, {}, tuning.gather())
+            yield _job("scatter", arch, dtype, 0, {}, tuning.scatter())
+        for tokens in tuning.SELECT:
+            for num_select in (12, 64):
+                yield _job("select", arch, "fp32", 0, {}, tuning.select(arch, tokens, num_select))
+
+
+def _job(name: str, arch: str, dtype: str, head_dim: int, shape: dict[str, Any], config: tuning.Config) -> Job:
+    constants = {**shape, **config.constants}
+    return Job(name, arch, dtype, head_dim, tuple(constants.items()), tuple(config.options.items()))
+
+
+def kernel_of(name: str) -> triton.JITFunction:
+    """The kernel of a job's name."""
+    return {
+        **ATTENTION,
+        "class_logits": maws_select_triton.class_logits_kernel,
+        "select": maws_select_triton.select_kernel,
+        "gather": gather_tokens_triton.gather_kernel,
+        "scatter": gather_tokens_triton.scatter_kernel,
+    }[name]
+
+
+def compile_job(job: Job) -> dict[str, Any]:
+    """What the compiler says of one job."""
+    kernel = kernel_of(job.name)
+    constants = dict(job.constants)
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list] = {}
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = _type(name, job.dtype) if name not in constants else "constexpr"
+        if name not in constants and name not in UNALIGNED and signature[name] != "fp32":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
+    compiled = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
+    facts = _amd(compiled) if job.architecture.startswith("gfx") else _nvidia(compiled, job)
+    return {**asdict(job), "constants": constants, "options": dict(job.options), **facts}
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in DATA:
+        return f"*{dtype}"
+    if name in STATISTICS:
+        return "*fp32"
+    if name == "index":
+        return "*i64"
+    return "fp32" if name.startswith("scale") else "i32"
+
+
+def _nvidia(compiled: Any, job: Job) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        dump = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", dump).group(1)) for key in ("REG", "STACK", "LOCAL"))
+    threads = 32 * dict(job.options)["num_warps"]
+    shared = compiled.metadata.shared
+    return {
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "shared_bytes": shared,
+        "programs_per_multiprocessor": occupancy(job.architecture, registers, shared, threads),
+        "matrix_instructions": count_instructions(compiled.asm["ptx"], ("wgmma.mma_async", "tcgen05.mma", "mma.sync")),
+    }
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    facts = {key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1)) for key in ("vgpr_count", "vgpr_spill_count")}
+    return {
+        "registers": facts["vgpr_count"],
+        "spilled_bytes": 4 * facts["vgpr_spill_count"],
+        "shared_bytes": compiled.metadata.shared,
+        "programs_per_multiprocessor": None,
+        "matrix_instructions": count_instructions(text, ("v_mfma",)),
+    }
+
+
+def count_instructions(assembly: str, names: Sequence[str]) -> dict[str, int]:
+    """How often each instruction occurs; those that do not are left out."""
+    counts = {name: len(re.findall(rf"^\s*(?:@\S+\s+)?{re.escape(name)}", assembly, re.MULTILINE)) for name in names}
+    return {name: count for name, count in counts.items() if count}
+
+
+def occupancy(arch: str, registers: int, shared: int, threads: int) -> int:
+    """How many programs fit on one multiprocessor at once."""
+    all_registers, all_shared, all_threads, programs = LIMITS[arch]
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(
+        all_registers // (per_warp * (threads // 32)),
+        all_shared // (shared + RESERVED_SHARED),
+        all_threads // threads,
+        programs,
+    )
+
+
+def run(selected: Sequence[Job], processes: int) -> list[dict[str, Any]]:
+    """The reports of the jobs, in their order."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context) as pool:
+        return list(pool.map(compile_job, selected, chunksize=4))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles, and writes or compares; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference or a spill")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--architectures", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
+    parser.add_argument("--out", type=Path, default=RESULTS / f"static-triton-{triton.__version__}.json")
+    arguments = parser.parse_args(argv)
+    records = run([job for job in jobs() if job.architecture in arguments.architectures], arguments.jobs)
+    spills = [r for r in records if r["architecture"] in NO_SPILLS and r["spilled_bytes"]]
+    for record in spills:
+        print(f"static_report: spills: {record}", file=sys.stderr)
+    return 1 if spills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
