@@ -3,14 +3,17 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ffvt-ready
+OLD_TRITON := $(VENV)/triton-3.6.0
+GPU_PYTHON ?= python3
+OUT ?= runs/gpu-report
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint format bench setup
+.PHONY: demo test lint format bench static-report gpu-report setup
 
 demo: setup  ## train on PartBirds from scratch, write runs/demo/report.html
 	$(BIN)/python -m ffvt demo --output runs/demo
 
-test: setup
+test: setup $(OLD_TRITON)
 	$(BIN)/python -m pytest -q
 
 lint: setup
@@ -26,7 +29,18 @@ format: setup
 bench: setup  ## measure the whole model against its rivals, append to benchmarks/results
 	$(BIN)/python -m benchmarks.bench_model
 
+static-report: setup $(OLD_TRITON)  ## compile the Triton kernels ahead of time, record registers and spills
+	PYTHONPATH=$(OLD_TRITON):. $(BIN)/python -m benchmarks.static_report
+	$(BIN)/python -m benchmarks.static_report
+
+gpu-report:  ## test and measure the kernels on this machine's GPU, into OUT; needs torch, triton and pytest alone
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu_report --out $(OUT)
+
 setup: $(READY)
+
+# The oldest Triton that is supported, beside the environment. Where it cannot be fetched its test is skipped.
+$(OLD_TRITON): $(READY)
+	-$(BIN)/pip install --quiet --no-deps --target $(OLD_TRITON) triton==3.6.0
 
 $(READY): pyproject.toml setup.py constraints.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

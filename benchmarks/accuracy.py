@@ -20,6 +20,7 @@ from torch import Tensor
 
 import ffvt
 from benchmarks.harness import RESULTS, append_results, environment
+from benchmarks.report import render_error_ratios
 
 SHAPES = ((2, 7, 3, 32), (1, 129, 2, 32), (1, 197, 3, 80), (1, 66, 2, 96), (2, 64, 1, 128), (1, 577, 2, 64))  # B N H D
 LARGE = ((8, 197, 12, 64), (8, 577, 12, 64), (8, 785, 12, 64), (4, 1025, 16, 80), (4, 785, 8, 128))
@@ -77,17 +78,6 @@ def compare(shape: tuple[int, int, int, int], dtype: str, backend: str, device: 
     }
 
 
-def render(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown table of the records."""
-    lines = ["| B, N, H, D | dtype | out | dq | dk | dv | picks |", "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
-    for record in records:
-        ratios = " | ".join(f"{ratio:.2f}" for ratio in record["ratios"].values())
-        picks = "equal" if record["picks_equal"] else "DIFFER"
-        unclear = f", {record['ambiguous_images']} ambiguous" if record["ambiguous_images"] else ""
-        lines.append(f"| {', '.join(map(str, record['shape']))} | {record['dtype']} | {ratios} | {picks}{unclear} |")
-    return "\n".join(lines)
-
-
 def passes(record: dict[str, Any]) -> bool:
     """Whether every ratio is within its bar and the clear picks are equal."""
     return record["picks_equal"] and all(record["ratios"][name] <= bar for name, bar in BARS.items())
@@ -110,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shape in shapes
         for dtype in dtypes
     ]
-    print(render(records))
+    print(render_error_ratios(records))
     append_results(arguments.out, records)
     return 0 if all(passes(record) for record in records) else 1
 

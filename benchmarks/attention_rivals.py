@@ -26,7 +26,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 OURS, EAGER = "ours", "authors' eager"
-NOT_SERVED = (ImportError, NotImplementedError, RuntimeError, ValueError)  # what a rival raises where it cannot serve
+NOT_SERVED = (ImportError, RuntimeError, ValueError, TypeError)  # what a rival raises where it cannot serve
 
 
 def ours(backend: str | None) -> Rival:
@@ -104,8 +104,13 @@ def serves(rival: Rival, qkv: Tensor, num_select: int) -> str | None:
     try:
         rival(qkv, num_select)
     except NOT_SERVED as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        return describe_error(error)
     return None
+
+
+def describe_error(error: Exception) -> str:
+    """Type and first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def eager_bytes(shape: tuple[int, int, int, int, int], element_size: int) -> int:

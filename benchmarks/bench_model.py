@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ GATE_SHARPNESS = 3.0  # factor on query and key weights: flat attention leaves s
 def build_rival(name: str, config: ffvt.FFVTConfig) -> nn.Module:
     """A rival on the CPU; all fusion rivals with the same weights, all plain ones with the same."""
     torch.manual_seed(0)
+    if name == OURS_PLAIN and find_spec("timm") is None:  # its speed does not depend on whose weights it has
+        return ffvt.FFVT(dataclasses.replace(config, feature_fusion=False))
     if name in PLAIN:
         timm_vit = build_timm_vit(config)
         if name == TIMM:

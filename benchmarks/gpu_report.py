@@ -1,6 +1,6 @@
 """Everything that a GPU has to prove, in one command: tests, error ratios, ceilings, kernels, variants, whole model.
 
-    python -m benchmarks.gpu_report --out DIR [--minutes 9] [--sections tests attention ...]
+    python -m benchmarks.gpu_report --out DIR [--minutes 8.5] [--sections tests attention ...]
     TRITON_INTERPRET=1 python -m benchmarks.gpu_report --out DIR --dry_run      tiny sizes on the CPU, to try the script
 
 Runs from a source tree alone. Each section appends to DIR/gpu.jsonl as soon as a shape is done, so what was measured
@@ -19,8 +19,9 @@ import gc
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -32,16 +33,39 @@ from torch import Tensor
 
 import ffvt
 from benchmarks import accuracy
-from benchmarks.attention_rivals import ATTENTION_ONLY, EAGER, FUSED, OURS, Rival, eager_bytes, ours, serves
-from benchmarks.harness import ROOT, Case, Timing, append_results, environment, measure, require_close, speedups
+from benchmarks.attention_rivals import (
+    ATTENTION_ONLY,
+    EAGER,
+    FUSED,
+    NOT_SERVED,
+    OURS,
+    Rival,
+    describe_error,
+    eager_bytes,
+    ours,
+    serves,
+)
+from benchmarks.harness import (
+    ROOT,
+    Case,
+    DisagreementError,
+    Timing,
+    append_results,
+    environment,
+    measure,
+    require_close,
+    speedups,
+)
+from benchmarks.report import render_error_ratios
 from ffvt.kernels import torch_path, tuning
 
-SECTIONS = ("tests", "accuracy", "ceilings", "attention", "selection", "variants", "model")
+SECTIONS = ("tests", "accuracy", "ceilings", "attention", "selection", "variants", "model", "shapes")
 HEADS = {64: 12, 80: 16, 128: 8}  # by head dimension: those of ViT-B, ViT-H, and a wide head
 NUM_SELECT = 12
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = {"forward": 1.0, "backward": 2.5, "step": 3.5}  # useful operations, in forwards
 EAGER_LIMIT = 24 * 2**30  # bytes of maps up to which the authors' form is run
+BUSY_CYCLES = 200_000  # of the device's clock, about 100 us
 GATE_REL = 0.05  # of the largest magnitude: both sides round to 16 bits
 VARIANTS = {  # rows to measure against those that ship, for D = 64
     "forward": [
@@ -90,19 +114,21 @@ class Shape:
 TINY = Shape(1, 19, 2, 64, "fp16")  # of the dry run
 
 
-def attention_shapes(dry_run: bool) -> list[Shape]:
-    """The shapes of the attention section, those that the goals name first."""
-    if dry_run:
-        return [TINY]
-    goals = [Shape(b, n, HEADS[64], 64, dtype) for dtype in ("bf16", "fp16") for n in (577, 785, 1025) for b in (8, 64)]
-    rest = [
+def goal_shapes() -> list[Shape]:
+    """The shapes that the goals name."""
+    return [Shape(b, n, HEADS[64], 64, dtype) for dtype in ("bf16", "fp16") for n in (577, 785, 1025) for b in (8, 64)]
+
+
+def other_shapes() -> list[Shape]:
+    """What else there is to know, when all other sections are done."""
+    every = [
         Shape(b, n, HEADS[d], d, dtype)
         for d in (64, 80, 128)
         for dtype in ("bf16", "fp16")
         for n in (197, 577, 785, 1025, 2305)
         for b in (8, 64)
     ]
-    return list(dict.fromkeys(goals + rest))
+    return [shape for shape in every if shape not in goal_shapes()]
 
 
 @dataclass
@@ -128,6 +154,15 @@ class Report:
             return True
         self.left_out.append(what)
         return False
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """An error inside is a failure of the report, not its end: what was measured must not be lost with it."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{what}: {describe_error(error)}")
+            traceback.print_exc()
 
     @property
     def rounds(self) -> int:
@@ -160,14 +195,13 @@ def run_accuracy(report: Report) -> None:
     """Error ratios of every shape and dtype."""
     shapes = accuracy.SHAPES[:1] if report.dry_run else (*accuracy.SHAPES, *accuracy.LARGE)
     dtypes = ("fp32", "fp16") if report.device == "cpu" else ("fp32", "fp16", "bf16")
-    found = []
     for shape in shapes:
         for dtype in dtypes if report.has_time(f"accuracy {shape}") else ():
-            found.append({"shape": shape, "dtype": dtype, **accuracy.compare(shape, dtype, "triton", report.device)})
-            report.add("accuracy", **found[-1])
-            if not accuracy.passes(found[-1]):
-                report.failures.append(f"accuracy: {found[-1]}")
-    print(accuracy.render(found), flush=True)
+            found = {"shape": shape, "dtype": dtype, **accuracy.compare(shape, dtype, "triton", report.device)}
+            report.add("accuracy", **found)
+            if not accuracy.passes(found):
+                report.failures.append(f"accuracy: {found}")
+    print(render_error_ratios(of(report, "accuracy")), flush=True)
 
 
 def run_ceilings(report: Report) -> None:
@@ -199,10 +233,20 @@ def matmul_peak(report: Report, dtype: str) -> float | None:
 
 
 def run_attention(report: Report) -> None:
-    """Forward, backward and both, of every rival that serves the shape."""
-    for shape in attention_shapes(report.dry_run):
+    """Forward, backward and both, of every rival that serves the shape: the shapes that the goals name."""
+    measure_shapes(report, [TINY] if report.dry_run else goal_shapes())
+
+
+def run_shapes(report: Report) -> None:
+    """The same for all other shapes, as long as time is left."""
+    measure_shapes(report, [] if report.dry_run else other_shapes())
+
+
+def measure_shapes(report: Report, shapes: Sequence[Shape]) -> None:
+    for shape in shapes:
         if report.has_time(f"attention {shape}"):
-            measure_shape(report, shape, {**FUSED, **ATTENTION_ONLY})
+            with report.guard(f"attention {shape}"):
+                measure_shape(report, shape, {**FUSED, **ATTENTION_ONLY})
             free(report)
 
 
@@ -221,7 +265,7 @@ def measure_shape(report: Report, shape: Shape, rivals: dict[str, Rival]) -> Non
     if OURS not in serving:
         report.failures.append(f"attention: ours does not serve {shape}")
         return
-    gate(serving, qkv)
+    gate(report, shape, serving, qkv)
     for mode in MODES:
         for launch, cache in (("eager", "hot"), ("graph", "hot"), ("graph", "cold")):
             if launch == "graph" and report.device == "cpu":
@@ -229,18 +273,28 @@ def measure_shape(report: Report, shape: Shape, rivals: dict[str, Rival]) -> Non
             record_mode(report, shape, serving, qkv, mode, launch, cache)
 
 
-def gate(rivals: dict[str, Rival], qkv: Tensor) -> None:
-    """All rivals give one output and one gradient; those that pick, mostly one set of tokens.
+def gate(report: Report, shape: Shape, rivals: dict[str, Rival], qkv: Tensor) -> None:
+    """Takes out the rivals whose output or gradient is not ours, or cannot be made; a disagreement is a failure.
 
-    Picks may differ where scores are closer than the rounding of the authors' 16-bit maps; ours and the composition
-    differ in the last bits of fp32 only.
+    Picks are left to the tests: they may differ where scores are closer than the rounding of the authors' 16-bit maps.
     """
-    results = {name: rival(qkv, NUM_SELECT) for name, rival in rivals.items()}
-    upstream = torch.randn_like(results[OURS][0])
-    grads = {name: torch.autograd.grad(out, qkv, upstream)[0] for name, (out, _) in results.items()}
-    for name, (out, _) in results.items():
-        require_close(f"out of {name}", out, results[OURS][0], GATE_REL)
-        require_close(f"gradient of {name}", grads[name], grads[OURS], GATE_REL)
+    mine = rivals[OURS](qkv, NUM_SELECT)[0]
+    upstream = torch.randn_like(mine)
+    (my_grad,) = torch.autograd.grad(mine, qkv, upstream)
+    for name in [name for name in rivals if name != OURS]:
+        try:
+            out, _ = rivals[name](qkv, NUM_SELECT)
+            (grad,) = torch.autograd.grad(out, qkv, upstream)
+            require_close(f"out of {name}", mine, out, GATE_REL)
+            require_close(f"gradient of {name}", my_grad, grad, GATE_REL)
+        except DisagreementError as error:
+            report.failures.append(f"attention: {shape}: {error}")
+            del rivals[name]
+        except NOT_SERVED as error:
+            report.add(
+                "attention", parameters=shape.parameters, dtype=shape.dtype, case=name, missing=describe_error(error)
+            )
+            del rivals[name]
 
 
 def record_mode(
@@ -251,8 +305,8 @@ def record_mode(
     for name, rival in rivals.items():
         try:
             functions[name] = prepare(rival, qkv, mode, launch)
-        except RuntimeError as error:  # some rival cannot be captured: a fact to report
-            refused[name] = str(error).splitlines()[0][:120]
+        except NOT_SERVED as error:  # some rival cannot be captured: a fact to report
+            refused[name] = describe_error(error)
     for name, reason in refused.items():
         fields = {"parameters": shape.parameters, "dtype": shape.dtype, "case": name, "mode": mode, "launch": launch}
         report.add("attention", **fields, l2=cache, missing=reason)
@@ -280,7 +334,11 @@ def record_mode(
 
 
 def prepare(rival: Rival, qkv: Tensor, mode: str, launch: str) -> Callable[[], object]:
-    """The function to time. Its forward, for a backward, has run on the stream that a graph captures."""
+    """The function to time. Its forward, for a backward, has run on the stream that a graph captures.
+
+    Each has a leaf of its own, as autograd ties a leaf to the stream on which it was first used.
+    """
+    qkv = qkv.detach().requires_grad_()
     stream = torch.cuda.Stream() if launch == "graph" else None
     with ExitStack() as stack:
         if stream is not None:
@@ -295,7 +353,18 @@ def prepare(rival: Rival, qkv: Tensor, mode: str, launch: str) -> Callable[[], o
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         function()
-    return graph.replay
+    return Replay(graph, function)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured graph with the function that it was captured from, whose tensors the graph reads."""
+
+    graph: torch.cuda.CUDAGraph
+    function: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def mode_function(rival: Rival, qkv: Tensor, mode: str) -> Callable[[], object]:
@@ -310,10 +379,16 @@ def mode_function(rival: Rival, qkv: Tensor, mode: str) -> Callable[[], object]:
 
 
 def time_all(report: Report, functions: dict[str, Callable[[], object]], cache: str) -> dict[str, Timing]:
-    """Interleaved times of the functions; short ones are called several times a sample where the cache stays hot."""
+    """Interleaved times of the functions; with a hot cache several calls make one sample.
+
+    Graphs are launched behind work that keeps the device busy, so that they are timed without their launch.
+    """
     cases = [Case(name, lambda function=function: function) for name, function in functions.items()]
     if cache == "hot":
-        return measure(cases, report.rounds, report.warmup, report.device, calls=1 if report.dry_run else 4)
+        graphs = all(isinstance(function, Replay) for function in functions.values())
+        before = partial(torch.cuda._sleep, BUSY_CYCLES) if graphs else None
+        calls = 1 if report.dry_run else 4
+        return measure(cases, report.rounds, report.warmup, report.device, calls=calls, before=before)
     flood = torch.empty(2**28, dtype=torch.int8, device=report.device)  # several times any L2
     return measure(cases, report.rounds, report.warmup, report.device, before=flood.zero_)
 
@@ -377,7 +452,7 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+    return Replay(graph, function)
 
 
 def run_variants(report: Report) -> None:
@@ -396,7 +471,7 @@ def run_variants(report: Report) -> None:
                     try:
                         functions[describe(row)] = prepare(ours("triton"), qkv, mode, launch)
                     except Exception as error:  # a compiler may refuse a row in many ways: a fact to report
-                        refused[describe(row)] = f"{type(error).__name__}: {str(error)[:120]}"
+                        refused[describe(row)] = describe_error(error)
             fields = {"parameters": shape.parameters, "dtype": shape.dtype, "kernel": kernel, "mode": mode}
             if report.device == "cpu":  # an override holds while a graph is captured, not for a later call
                 functions = {"shipped": functions["shipped"]}
@@ -441,7 +516,7 @@ def run_model(report: Report) -> None:
                         [Case(name, lambda f=function: f)], max(1, report.rounds // 2), report.warmup, report.device
                     )[name]
                 except (ImportError, torch.OutOfMemoryError) as error:
-                    report.add("model", **fields, missing=f"{type(error).__name__}: {str(error)[:120]}")
+                    report.add("model", **fields, missing=describe_error(error))
                     continue
                 finally:
                     free(report)
@@ -511,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sections and prints the summary; 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no shape is begun after that long")
+    parser.add_argument("--minutes", type=float, default=8.5, help="no shape is begun after that long")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
     arguments = parser.parse_args(argv)
@@ -530,7 +605,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stack.enter_context(ffvt.use_backend("triton"))
         for section in arguments.sections:
             begin = time.monotonic()
-            globals()[f"run_{section}"](report)
+            with report.guard(section):
+                globals()[f"run_{section}"](report)
+            free(report)
             print(f"{section}: {time.monotonic() - begin:.0f} s", flush=True)
     text = summary(report)
     (arguments.out / "summary.md").write_text(text + "\n")

@@ -113,9 +113,7 @@ def measure(
         gc.disable()  # Python's collector works between rounds, not inside a sample
         try:
             for name in order.sample(names, len(names)):
-                if before is not None:
-                    before()
-                sample = elapsed(functions[name], calls) / calls
+                sample = elapsed(functions[name], calls, before) / calls
                 if number >= 0:
                     samples[name].append(sample)
         finally:
@@ -123,17 +121,22 @@ def measure(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def _elapsed_cpu(function: Callable[[], object], calls: int) -> float:
+def _elapsed_cpu(function: Callable[[], object], calls: int, before: Callable[[], object] | None) -> float:
     """Milliseconds of all calls, the release of their results included."""
+    if before is not None:
+        before()
     begin = time.perf_counter()
     for _ in range(calls):
         function()
     return (time.perf_counter() - begin) * 1e3
 
 
-def _elapsed_cuda(function: Callable[[], object], calls: int) -> float:
+def _elapsed_cuda(function: Callable[[], object], calls: int, before: Callable[[], object] | None) -> float:
+    """Milliseconds of the device. What `before` leaves running there hides the launch of the calls behind it."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if before is not None:
+        before()
     begin.record()
     for _ in range(calls):
         function()

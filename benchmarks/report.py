@@ -5,7 +5,8 @@
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
 benchmark NAME found. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
-wins. Lines with `top1` make a table of accuracies, a column per seed. Other lines are passed over.
+wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios` one of error ratios. Other
+lines are passed over.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_results(folder: Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
-            if "time_ms" in record or "top1" in record:
+            if {"time_ms", "top1", "ratios"} & record.keys():
                 records.append(record)
     if not records:
         raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")
@@ -60,12 +61,19 @@ def update(text: str, records: Iterable[Record]) -> str:
     for name, found in by_benchmark.items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
         section = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        tables = render(found) if "time_ms" in found[0] else render_accuracies(found)
+        tables = _renderer(found[0])(found)
         body = f"{begin}\n{tables}\n{end}"
         text, count = section.subn(lambda _match, body=body: body, text)
         if count != 1:
             raise ReportError(f"report: README must hold {begin} and {end} once, in this order; found {count} pairs")
     return text
+
+
+def _renderer(record: Record) -> Callable[[Sequence[Record]], str]:
+    """What makes the tables of records of this kind."""
+    if "ratios" in record:
+        return render_error_ratios
+    return render if "time_ms" in record else render_accuracies
 
 
 def render(records: Iterable[Record]) -> str:
@@ -148,6 +156,26 @@ def render_accuracies(records: Iterable[Record]) -> str:
         cells = [f"{latest[variant, seed]['top1']:.3f}" if (variant, seed) in latest else "not run" for seed in seeds]
         lines.append([variant, *cells, f"{sum(found) / len(found):.3f}"])
     return caption + "\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def render_error_ratios(records: Iterable[Record]) -> str:
+    """Markdown: a caption and a row per shape and dtype; the latest of each wins."""
+    latest = {(tuple(record["shape"]), record["dtype"]): record for record in records}
+    where = list(latest.values())[-1]["environment"]
+    on = where["device_name"] if where["device"] == "cuda" else "Triton's interpreter"
+    lines = [
+        f"**{on}, torch {where['torch']}, Triton {where['triton']}, commit {where['commit']}.** Picks: equal to the "
+        "truth's wherever the scores are further apart than rounding.",
+        "",
+        "| B, N, H, D | dtype | out | dq | dk | dv | picks |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for (shape, dtype), record in latest.items():
+        ratios = " | ".join(f"{ratio:.2f}" for ratio in record["ratios"].values())
+        picks = "equal" if record["picks_equal"] else "DIFFER"
+        unclear = f", {record['ambiguous_images']} ambiguous" if record["ambiguous_images"] else ""
+        lines.append(f"| {', '.join(map(str, shape))} | {dtype} | {ratios} | {picks}{unclear} |")
+    return "\n".join(lines)
 
 
 def _time(record: Record | None) -> str:

@@ -1,6 +1,6 @@
 """Compiles every shipped configuration of the Triton kernels ahead of time and reads the binaries: no GPU needed.
 
-    python -m benchmarks.static_report            compile all, rewrite results/static-triton-<version>.json
+    python -m benchmarks.static_report            compile all, rewrite the results and DESIGN.md
     python -m benchmarks.static_report --check    compile all; exit 1 where the file differs or a kernel spills
 
 Per kernel, architecture, dtype and head dimension: registers, stack (spills), shared memory, warps, how many programs
@@ -11,6 +11,7 @@ putting it first on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
@@ -38,6 +39,7 @@ from ffvt.kernels.tiles_triton import head_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DESIGN = ROOT / "DESIGN.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 TARGETS = {
@@ -52,6 +54,9 @@ LIMITS = {  # per multiprocessor: registers, bytes of shared memory, threads, pr
     "sm_90": (65536, 228 * 1024, 2048, 32),
     "sm_100": (65536, 228 * 1024, 2048, 32),
 }
+SHOWN = (("fp16", 64), ("fp16", 80), ("fp16", 128), ("fp32", 64))  # what DESIGN.md's table shows
+SHOWN_VERSION = "3.8.0"
+WANTS = ("WANT_DK", "WANT_DV")
 RESERVED_SHARED = 1024  # bytes of shared memory that CUDA keeps per program
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -198,19 +203,78 @@ def run(selected: Sequence[Job], processes: int) -> list[dict[str, Any]]:
         return list(pool.map(compile_job, selected, chunksize=4))
 
 
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: per kernel and architecture, registers, KiB of shared memory, programs per multiprocessor, products."""
+    lines = [
+        f"Triton {triton.__version__}. Each cell: registers a thread / KiB of shared memory / programs that fit on one "
+        "multiprocessor / matrix instructions in the binary (none: scalar units). No cell of an sm_ column spills.",
+        "",
+        f"| kernel, dtype, D | {' | '.join(TARGETS)} |",
+        "| --- |" + " --- |" * len(TARGETS),
+    ]
+    rows: dict[str, dict[str, str]] = {}
+    for record in records:
+        if (record["dtype"], record["head_dim"]) in SHOWN and record["name"] in ATTENTION:
+            name = record["name"] + "".join(f", {key[5:].lower()}" for key in WANTS if record["constants"].get(key))
+            label = f"{name}, {record['dtype']}, {record['head_dim']}"
+            counts = ", ".join(f"{count} {name.split('.')[0]}" for name, count in record["matrix_instructions"].items())
+            fits = record["programs_per_multiprocessor"]
+            cell = (
+                record["registers"],
+                record["shared_bytes"] // 1024,
+                "-" if fits is None else fits,
+                counts or "none",
+            )
+            rows.setdefault(label, {})[record["architecture"]] = " / ".join(map(str, cell))
+    lines += [f"| {label} | {' | '.join(row[arch] for arch in TARGETS)} |" for label, row in rows.items()]
+    return "\n".join(lines)
+
+
+def with_table(text: str, records: Sequence[dict[str, Any]]) -> str:
+    """DESIGN.md's text with the table put between its markers."""
+    before, begin, rest = text.partition("<!-- static -->\n")
+    _, end, after = rest.partition("<!-- /static -->")
+    if not begin or not end:
+        raise ValueError("static_report: DESIGN.md must hold <!-- static --> and <!-- /static -->")
+    return f"{before}{begin}{table(records)}\n{end}{after}"
+
+
+def differences(found: Sequence[dict[str, Any]], recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """What was compiled now and is not in the file as it is now."""
+    known = {json.dumps(record, sort_keys=True) for record in recorded}
+    return [text for text in (json.dumps(record, sort_keys=True) for record in found) if text not in known]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, and writes or compares; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference or a spill")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--architectures", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
-    parser.add_argument("--out", type=Path, default=RESULTS / f"static-triton-{triton.__version__}.json")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     arguments = parser.parse_args(argv)
-    records = run([job for job in jobs() if job.architecture in arguments.architectures], arguments.jobs)
-    spills = [r for r in records if r["architecture"] in NO_SPILLS and r["spilled_bytes"]]
-    for record in spills:
-        print(f"static_report: spills: {record}", file=sys.stderr)
-    return 1 if spills else 0
+    everything = list(jobs())
+    wanted = [
+        job for job in everything if job.architecture in arguments.architectures and job.dtype in arguments.dtypes
+    ]
+    if not arguments.check and len(wanted) < len(everything):
+        parser.error("a part can be checked with --check, but the file is written whole")
+    records = json.loads(json.dumps(run(wanted, arguments.jobs)))
+    problems = [f"spills: {r}" for r in records if r["architecture"] in NO_SPILLS and r["spilled_bytes"]]
+    path = RESULTS / f"static-triton-{triton.__version__}.json"
+    if arguments.check:
+        recorded = json.loads(path.read_text()) if path.exists() else []
+        problems += [f"not in {path.name}: {line}" for line in differences(records, recorded)]
+        extra = len(recorded) - len(everything)
+        problems += [f"{path.name} holds {extra} more configurations than are shipped"] if extra > 0 else []
+    else:
+        path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+        if triton.__version__ == SHOWN_VERSION:
+            DESIGN.write_text(with_table(DESIGN.read_text(), records))
+    for problem in problems:
+        print(f"static_report: {problem}", file=sys.stderr)
+    print(f"static_report: Triton {triton.__version__}, {len(records)} configurations, {len(problems)} problems")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

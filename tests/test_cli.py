@@ -92,7 +92,7 @@ def test_info_is_json_and_says_what_serves():
     shown = subprocess.run([sys.executable, "-m", "ffvt", "info"], capture_output=True, text=True, check=True).stdout
     info = json.loads(shown)
     assert info["devices"]["cpu"]["serves"] == "torch"
-    assert "not part of this version" in info["backends"]["triton"]
+    assert "not part of this version" in info["backends"]["cpp"]
 
 
 def test_every_command_has_help(capsys):

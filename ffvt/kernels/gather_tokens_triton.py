@@ -17,16 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ffvt.kernels import tuning
+from ffvt.kernels.reference import check_index_range
 
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
     batch, num_select = index.shape
     width = x.shape[2]
+    if index.device.type == "cpu":
+        check_index_range(index, x.shape[1])
     out = torch.empty(batch, num_select, width, dtype=x.dtype, device=x.device)
     config = tuning.gather()
     if out.numel():
         gather_kernel[(batch * num_select,)](
-            *(x, index, out, *x.stride(), *index.stride(), num_select, width), **config.constants, **config.options
+            *(x, index, out, *x.stride(), *index.stride(), num_select, x.shape[1], width),
+            **config.constants,
+            **config.options,
         )
     return out
 
@@ -47,7 +52,7 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tens
     return out
 
 
-@triton.jit(do_not_specialize=["num_select"])
+@triton.jit(do_not_specialize=["num_select", "tokens"])
 def gather_kernel(
     x,
     index,
@@ -58,19 +63,22 @@ def gather_kernel(
     index_batch,
     index_column,
     num_select,
+    tokens,
     width,
     COLUMNS: tl.constexpr,
 ):
-    """One picked row."""
+    """One picked row; NaN where the index lies outside, as a GPU cannot raise."""
     place = tl.program_id(0)
     image = (place // num_select).to(tl.int64)
     token = tl.load(index + image * index_batch + place % num_select * index_column)
     x += image * x_batch + token * x_row
+    exists = (token >= 0) & (token < tokens)
     out += place.to(tl.int64) * width
     for start in range(0, width, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < width
-        tl.store(out + columns, tl.load(x + columns * x_column, mask=inside), mask=inside)
+        values = tl.load(x + columns * x_column, mask=inside & exists, other=float("nan"))
+        tl.store(out + columns, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_select", "tokens"])
@@ -106,5 +114,5 @@ def scatter_kernel(
         if (token >= first) & (token < first + ROWS):
             picked = tl.load(grad + place * grad_row + columns * grad_column, mask=inside, other=0.0).to(tl.float32)
             total += tl.where(rows[:, None] == token, picked[None, :], 0.0)
-    pointers = out + image * tokens * width + rows[:, None] * width + columns[None, :]
+    pointers = out + (image * tokens + rows[:, None]) * width + columns[None, :]
     tl.store(pointers, total.to(out.dtype.element_ty), mask=(rows[:, None] < tokens) & inside[None, :])

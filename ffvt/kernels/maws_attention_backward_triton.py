@@ -8,7 +8,8 @@ How: two launches (three in fp32). The first walks a tile of queries over the ke
     class split: as in the forward, the class token is a vector beside the tiles. A tile's sum starts from it, one more
     program per head makes its own line of dq (first launch) or of dk and dv (second), and the patches need no mask.
 Memory: one fp32 array (B, H, N), delta. The map exists only as tiles in registers.
-Limits: as the forward.
+Limits: as the forward. In fp16 the gradient of the logits is rounded before the scale, as in FlashAttention: it
+    overflows 1/scale times earlier than dq and dk do, which a loss scale must leave room for (GradScaler finds it).
 Source: FFVT (arXiv 2107.02341) section 3.2; FlashAttention-2 (arXiv 2307.08691), algorithm 2, split in two.
 """
 
@@ -22,7 +23,9 @@ from torch import Tensor
 from ffvt.kernels import tuning
 from ffvt.kernels.tiles_triton import (
     LOG2_E,
+    MAX_EXTENT,
     add_product,
+    extent,
     head_blocks,
     head_start,
     load_tile,
@@ -57,7 +60,7 @@ def maws_attention_backward(
     batch, tokens, heads, head_dim = q.shape
     if not batch:
         return
-    if grad_out.stride(-1) != 1:  # a broadcast gradient, as that of a sum
+    if grad_out.stride(-1) != 1 or extent(grad_out) > MAX_EXTENT:  # that of a sum is broadcast
         grad_out = grad_out.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
@@ -448,6 +451,8 @@ def add_queries(
         tile_delta = tl.load(delta + queries)
     logits = multiply_transposed(k_low, k_high, q_low, q_high, HIGH)  # (BLOCK_K, BLOCK)
     probs = tl.exp2(logits * scale_2 - (tile_lse * LOG2_E)[None, :])
+    if MASKED:
+        probs = tl.where(inside[None, :], probs, 0.0)  # a query of zeros times an infinite key is NaN
     grad_low, grad_high = load_tile(grad_out, queries, grad_row, inside, D, LOW, HIGH, MASKED)
     if WANT_DV:
         dv_low, dv_high = add_product(probs, grad_low, grad_high, dv_low, dv_high, HIGH)

@@ -189,6 +189,12 @@ def query_tile(
 
 
 @triton.jit
+def finite(maximum):
+    """The maximum to subtract: 0 while all logits are -inf, as -inf less -inf is NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
 def attend(
     q_low,
     q_high,
@@ -223,12 +229,15 @@ def attend(
             is_first = tl.arange(0, logits.shape[0])[:, None] == 0
             tl.store(row + keys, tl.sum(tl.where(is_first, logits, 0.0), 0) * scale, mask=inside)
     if MASKED:
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1) * scale_2)
-    probs = tl.exp2(logits * scale_2 - new_maximum[:, None])
-    if MASKED:
-        probs = tl.where(inside[None, :], probs, 0.0)  # -inf times a scale of zero is NaN
-    shrink = tl.exp2(maximum - new_maximum)
+        logits = tl.where(inside[None, :], logits * scale_2, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        shift = finite(new_maximum)
+        probs = tl.exp2(logits - shift[:, None])
+    else:
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1) * scale_2)
+        shift = finite(new_maximum)
+        probs = tl.exp2(logits * scale_2 - shift[:, None])
+    shrink = tl.exp2(maximum - shift)
     total = total * shrink + tl.sum(probs, 1)
     out_low = out_low * shrink[:, None]
     if HIGH:
@@ -273,9 +282,11 @@ def class_row(
         logits = multiply_vector(k_low, k_high, q_low, q_high, HIGH)  # (BLOCK,)
         tl.store(row + keys, logits * scale, mask=inside)
         tl.store(column + keys, logits * scale, mask=keys == 0)
-        new_maximum = tl.maximum(maximum, tl.max(tl.where(inside, logits, float("-inf")), 0) * scale_2)
-        probs = tl.where(inside, tl.exp2(logits * scale_2 - new_maximum), 0.0)
-        shrink = tl.exp2(maximum - new_maximum)
+        logits = tl.where(inside, logits * scale_2, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 0))
+        shift = finite(new_maximum)
+        probs = tl.exp2(logits - shift)
+        shrink = tl.exp2(maximum - shift)
         total = total * shrink + tl.sum(probs, 0)
         v_low, v_high = load_tile(v, keys, v_row, inside, D, LOW, HIGH, True)
         added_low, added_high = weighted_rows(probs, v_low, v_high, HIGH)

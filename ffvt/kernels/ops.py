@@ -122,7 +122,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes or devices do not fit. TypeError: x is not floating point, index not int64.
-        IndexError: an index outside [0, N) (CPU tensors; on a GPU this is not read back).
+        IndexError: an index outside [0, N) (CPU tensors; on a GPU it is not read back: the kernel gives a row of NaN).
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """

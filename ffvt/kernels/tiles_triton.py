@@ -7,13 +7,23 @@ so that nothing is padded to the next power of two; HIGH = 0 means that one bloc
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MAX_HEAD_DIM = 128
+MAX_EXTENT = 2**31 - 1  # elements from the first to the last of one image: offsets within it are 32 bits wide
 FP32_COLUMNS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements of memory from the first to the last of one image, and no fewer than the image holds."""
+    spread = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:]))
+    return max(spread, math.prod(tensor.shape[1:]))
 
 
 def head_blocks(head_dim: int) -> tuple[int, int]:

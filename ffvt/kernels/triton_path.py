@@ -20,11 +20,10 @@ from ffvt.kernels import (
     maws_attention_triton,
     maws_select_triton,
 )
-from ffvt.kernels.tiles_triton import MAX_HEAD_DIM
+from ffvt.kernels.tiles_triton import MAX_EXTENT, MAX_HEAD_DIM, extent
 from ffvt.kernels.tuning import MAX_TOKENS
 
 MIN_CAPABILITY = (8, 0)
-MAX_OFFSET = 2**31 - 1
 
 
 def _on_its_device(function: Callable) -> Callable:
@@ -64,8 +63,8 @@ def unsupported(operator: str, *tensors: Tensor) -> list[str]:
             reasons.append(f"head dimension must be at most {MAX_HEAD_DIM}; got D={head_dim}")
         if tokens > MAX_TOKENS:
             reasons.append(f"the number of tokens must be at most {MAX_TOKENS}; got N={tokens}")
-    if any(_extent(tensor) > MAX_OFFSET for tensor in tensors):
-        reasons.append(f"one image must lie within {MAX_OFFSET} elements of memory")
+    if any(extent(tensor) > MAX_EXTENT for tensor in tensors):
+        reasons.append(f"one image must lie within {MAX_EXTENT} elements of memory")
     return reasons
 
 
@@ -81,8 +80,3 @@ def _device_reasons(tensor: Tensor) -> list[str]:
     if torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < MIN_CAPABILITY:
         return [f"compute capability must be at least 8.0; got {torch.cuda.get_device_capability(tensor.device)}"]
     return []
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements of memory from the first to the last of one image."""
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:]))

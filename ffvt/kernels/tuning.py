@@ -91,6 +91,7 @@ KEY_GRADIENT = (
     Row(ANY, 2, 96, True, 32, 64, 4, 2, FITS),
     Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
     Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
+    Row(("sm_86", "sm_89"), 4, 64, True, 32, 32, 8, 1, SCALAR),
     Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
     Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
     Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
