@@ -210,28 +210,51 @@ def test_opcheck(backend, dtype):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph_with_the_same_results(dynamic):
+def test_compiles_in_one_graph_with_the_same_results(backend, dynamic):
     def step(qkv):
         out, index, score = ffvt.maws_attention_qkvpacked(qkv, 3, first_candidate=1)
         return out.cos(), index, score
 
+    torch.compiler.reset()  # each backend compiles anew
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in (9, 14):
         qkv = torch.randn(2, tokens, 3, 2, 8, requires_grad=True)
-        found, expected = compiled(qkv), step(qkv)
+        with ffvt.use_backend(backend):
+            found, expected = compiled(qkv), step(qkv)
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
         grads = [torch.autograd.grad(result[0].sum(), qkv)[0] for result in (found, expected)]
         torch.testing.assert_close(*grads)
 
 
-def test_exports():
+def test_exports(backend):
     class Module(torch.nn.Module):
         def forward(self, qkv):
             return ffvt.maws_attention_qkvpacked(qkv, 3)
 
     qkv = torch.randn(2, 9, 3, 2, 8)
-    program = torch.export.export(Module(), (qkv,))
-    assert all(torch.equal(a, b) for a, b in zip(program.module()(qkv), Module()(qkv)))
+    with ffvt.use_backend(backend):
+        program = torch.export.export(Module(), (qkv,))
+        assert all(torch.equal(a, b) for a, b in zip(program.module()(qkv), Module()(qkv)))
+
+
+def test_trains_under_ddp(backend, tmp_path):
+    device = torch.get_default_device()
+    torch.distributed.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        layer = ffvt.MAWSAttention(32, 2, 3)
+        parallel = torch.nn.parallel.DistributedDataParallel(layer)
+        x = torch.randn(2, 9, 32)
+        with ffvt.use_backend(backend):
+            parallel(x)[0].square().sum().backward()
+            found = [parameter.grad.clone() for parameter in layer.parameters()]
+            layer.zero_grad()
+            layer(x)[0].square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for mine, parameter in zip(found, layer.parameters()):
+        torch.testing.assert_close(mine, parameter.grad)
 
 
 def test_two_runs_are_equal_to_the_bit(backend):
