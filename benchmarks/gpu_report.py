@@ -65,6 +65,7 @@ NUM_SELECT = 12
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = {"forward": 1.0, "backward": 2.5, "step": 3.5}  # useful operations, in forwards
 EAGER_LIMIT = 24 * 2**30  # bytes of maps up to which the authors' form is run
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("gpu", "maws_attention", "gather_tokens", "triton_kernels")]
 BUSY_CYCLES = 200_000  # of the device's clock, about 100 us
 GATE_REL = 0.05  # of the largest magnitude: both sides round to 16 bits
 VARIANTS = {  # rows to measure against those that ship, for D = 64
@@ -177,7 +178,7 @@ def run_tests(report: Report) -> None:
     """The tests marked gpu, in a process of their own."""
     marked = ["-k", "rows_are_copied and triton"] if report.dry_run else ["-m", "gpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=10", "-p", "no:cacheprovider", *marked, "tests"],
+        [sys.executable, "-m", "pytest", "-q", "--maxfail=10", "-p", "no:cacheprovider", *marked, *GPU_TESTS],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import ffvt
-from benchmarks import bench_model, report
+from benchmarks import accuracy, bench_model, report
 from benchmarks.authors_eager import AuthorsEagerFFVT
 from benchmarks.harness import (
     Case,
@@ -309,3 +309,25 @@ def test_the_table_of_accuracies_has_a_column_per_seed_and_says_what_was_not_run
     assert table[2] == "| variant | seed 0 | seed 1 | mean |"
     assert table[4] == "| fused | 0.500 | 0.700 | 0.600 |"
     assert table[5] == "| plain | 0.250 | not run | 0.250 |"
+
+
+def test_error_ratios_are_measured_against_the_bar_and_rendered():
+    found = accuracy.compare((1, 17, 2, 32), "fp32", "torch", "cpu")
+    assert accuracy.passes(found)
+    assert set(found["ratios"]) == {"out", "dq", "dk", "dv"}
+    for worse in ({"ratios": {**found["ratios"], "out": 2.1}}, {"ratios": {**found["ratios"], "dk": 3.1}}):
+        assert not accuracy.passes({**found, **worse})
+    assert not accuracy.passes({**found, "picks_equal": False})
+    environment = {"device": "cpu", "torch": "2", "triton": "3", "commit": "abc"}
+    record = {"benchmark": "accuracy", "environment": environment, "shape": [1, 17, 2, 32], "dtype": "fp32", **found}
+    assert report.render_error_ratios([record]).splitlines()[-1].startswith("| 1, 17, 2, 32 | fp32 | ")
+
+
+def test_what_is_not_timed_runs_before_every_sample():
+    calls = []
+    measure([Case("a", lambda: lambda: calls.append("a"))], 2, 1, "cpu", calls=2, before=lambda: calls.append("before"))
+    assert calls == ["before", "a", "a"] * 3
+
+
+def test_the_readme_shows_the_recorded_results():
+    assert report.main(["--check"]) == 0
