@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import ffvt
+from benchmarks.accuracy import explicit, rms, truth
 
+__all__ = ["explicit", "golden", "heads", "relative_error", "rms", "skip_unserved", "tiny_model", "truth", "worst"]
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = {  # B, N, H, D
     "tiny": (1, 1, 1, 1),
@@ -36,29 +38,9 @@ def heads(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, 
     return [(1.5 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(count)]
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out and score in fp64, by explicit matmul."""
-    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    logits = scale * q @ k.mT
-    row, column = logits[:, :, 0].softmax(-1).mean(1), logits[..., 0].softmax(-1).mean(1)
-    return (logits.softmax(-1) @ v).transpose(1, 2), row * column
-
-
-def explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same attention as plain matmuls in the dtype of q: the error that a backend may make twice."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((scale * q @ k.mT).softmax(-1) @ v).transpose(1, 2)
-
-
 def worst(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference from the fp64 truth."""
     return (found.double() - expected).abs().max().item()
-
-
-def rms(found: Tensor, expected: Tensor) -> float:
-    """Root mean square difference from the fp64 truth: what error ratios are taken of, as a maximum is one element's
-    luck."""
-    return (found.double() - expected).square().mean().sqrt().item()
 
 
 def golden(name: str, prefix: str = "") -> dict[str, np.ndarray]:
