@@ -67,7 +67,7 @@ FORWARD = (
     Row(ANY, 2, 64, True, 64, 64, 4, 3, FITS),
     Row(ANY, 2, 96, True, 64, 64, 4, 2, FITS),
     Row(ANY, 2, 128, True, 128, 64, 8, 2, FITS),
-    Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
+    Row(ANY, 4, 64, True, 32, 32, 8, 1, SCALAR),
     Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
     Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
 )
@@ -91,7 +91,8 @@ KEY_GRADIENT = (
     Row(ANY, 2, 96, True, 32, 64, 4, 2, FITS),
     Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
     Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
-    Row(("sm_86", "sm_89"), 4, 64, True, 32, 32, 8, 1, SCALAR),
+    Row(("sm_80", "sm_86", "sm_89"), 4, 32, True, 32, 32, 8, 1, SCALAR),
+    Row(("sm_80", "sm_86", "sm_89"), 4, 64, True, 32, 16, 4, 1, SCALAR),
     Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
     Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
     Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
