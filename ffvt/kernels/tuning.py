@@ -66,6 +66,7 @@ FORWARD = (
     Row(("gfx942",), 2, 128, True, 64, 64, 4, 2, FITS),
     Row(ANY, 2, 64, True, 64, 64, 4, 3, FITS),
     Row(ANY, 2, 96, True, 64, 64, 4, 2, FITS),
+    Row(("sm_80",), 2, 128, True, 64, 64, 4, 2, FITS),
     Row(ANY, 2, 128, True, 128, 64, 8, 2, FITS),
     Row(ANY, 4, 64, True, 32, 32, 8, 1, SCALAR),
     Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
@@ -87,7 +88,9 @@ QUERY_GRADIENT = (
 KEY_GRADIENT = (
     Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
     Row(ANY, 2, 64, True, 64, 64, 4, 2, FITS),
-    Row(("sm_86", "sm_89"), 2, 96, True, 32, 64, 8, 2, FITS),
+    Row(("sm_80",), 2, 96, True, 32, 64, 8, 2, FITS),
+    Row(("sm_86", "sm_89"), 2, 80, True, 32, 64, 8, 2, FITS),
+    Row(("sm_86", "sm_89"), 2, 96, True, 16, 64, 8, 2, FITS),
     Row(ANY, 2, 96, True, 32, 64, 4, 2, FITS),
     Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
     Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
@@ -157,7 +160,7 @@ def class_logits() -> Config:
 
 
 SELECT = {  # block of tokens: heads at a time, warps
-    512: (4, 4),
+    512: (2, 4),
     1024: (2, 8),
     2048: (1, 8),
     4096: (1, 16),
