@@ -25,7 +25,7 @@ SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-OURS, EAGER = "ours", "authors' eager"
+OURS, EAGER, COMPILED = "ours", "authors' eager", "authors' eager, compiled"
 NOT_SERVED = (ImportError, RuntimeError, ValueError, TypeError)  # what a rival raises where it cannot serve
 
 
@@ -73,6 +73,11 @@ def authors_eager(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
     return out, mutual_attention_index(weights[:, :, :, 0], probs, num_select)
 
 
+def authors_compiled(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+    """The authors' form through torch.compile, once per shape."""
+    return torch.compile(authors_eager, dynamic=False)(qkv, num_select)
+
+
 def flash_attn(qkv: Tensor, num_select: int) -> tuple[Tensor, None]:
     """The flash-attn package."""
     from flash_attn import flash_attn_qkvpacked_func
@@ -87,9 +92,17 @@ def xformers(qkv: Tensor, num_select: int) -> tuple[Tensor, None]:
     return memory_efficient_attention(*qkv.unbind(2)), None
 
 
+def flash_colreduce(q: Tensor, k: Tensor) -> Tensor:
+    """The flash-colreduce package: the sums of all columns of q's and k's attention map (B, H, N), and nothing else."""
+    from flash_colreduce import flash_colreduce
+
+    return flash_colreduce(q.transpose(1, 2), k.transpose(1, 2), reduction="sum")
+
+
 FUSED: dict[str, Rival] = {
     OURS: ours(None),
     EAGER: authors_eager,
+    COMPILED: authors_compiled,
     **{f"composition, SDPA {name}": composition(kind) for name, kind in SDPA.items()},
 }
 ATTENTION_ONLY: dict[str, Rival] = {
