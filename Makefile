@@ -33,7 +33,7 @@ static-report: setup $(OLD_TRITON)  ## compile the Triton kernels ahead of time,
 	PYTHONPATH=$(OLD_TRITON):. $(BIN)/python -m benchmarks.static_report
 	$(BIN)/python -m benchmarks.static_report
 
-gpu-report:  ## test and measure the kernels on this machine's GPU, into OUT; needs torch, triton and pytest alone
+gpu-report:  ## test and measure the kernels on this machine's GPU, into OUT; needs torch, triton, numpy, safetensors, pillow, pytest
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu_report --out $(OUT)
 
 setup: $(READY)

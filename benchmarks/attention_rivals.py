@@ -1,4 +1,5 @@
-"""The rivals of `maws_attention_qkvpacked`: functions of packed qkv (B, N, 3, H, D), all differentiable.
+"""The rivals of `maws_attention_qkvpacked`: functions of packed qkv (B, N, 3, H, D), all differentiable; and
+`flash_colreduce`, one of the selection alone.
 
 FUSED give the attention's output and the picks; ATTENTION_ONLY give the output alone, so that they do less than what we
 are measured on. Each takes its views of qkv as they are, without a copy of ours. A rival that is not installed, or

@@ -5,7 +5,7 @@ case leaves behind (heap, caches, clocks) hit all alike. Reported in millisecond
 
 Peak memory: growth over what is held before the call (weights, optimiser state, inputs), in a pass of its own. On CUDA
 the caching allocator's peak. On CPU the system's high-water mark of resident memory (VmHWM), reset before the call:
-- not the profiler's peak, which sees tensors only: scratch of oneDNN and of our C++ kernels is outside its allocator;
+- not the profiler's peak, which sees tensors only: scratch of oneDNN and of C++ kernels is outside its allocator;
 - not `ru_maxrss`, which cannot be reset and which a spawned child inherits from its parent at exec;
 - in another process, because malloc is told there to hand every large block straight back to the system: resident
   memory is then live memory, not what the heap happened to keep. That slows it down, so no time is taken there.

@@ -1,11 +1,12 @@
-"""Compiles every shipped configuration of the Triton kernels ahead of time and reads the binaries: no GPU needed.
+"""Compiles every row of the Triton kernels' tables ahead of time and reads the binaries: no GPU needed.
 
     python -m benchmarks.static_report            compile all, rewrite the results and DESIGN.md
     python -m benchmarks.static_report --check    compile all; exit 1 where the file differs or a kernel spills
 
-Per kernel, architecture, dtype and head dimension: registers, stack (spills), shared memory, warps, how many programs
-fit on one multiprocessor, and how many matrix instructions the binary holds. Another Triton version is measured by
-putting it first on PYTHONPATH.
+Head dimensions 32, 64, 80, 96, 128, a positive scale, aligned strides; selection of 12 and 64 tokens. Per kernel,
+architecture, dtype and head dimension: registers, stack (spills), shared memory, warps, how many programs fit on one
+multiprocessor, and how many matrix instructions the binary holds. Another Triton version is measured by putting it
+first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ EXTRA = {  # constants that a launch adds to the configuration
     "key_gradient": lambda dtype: maws_attention_backward_triton.WANTED[dtype == "fp32"],
 }
 DATA = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "x", "grad"}  # pointers to the dtype of the inputs
+FEW_TOKENS = (16, 64, 256)
 STATISTICS = {"lse", "delta", "row", "column", "score"}
 UNALIGNED = {"tokens", "heads", "num_select", "first_candidate"}
 
@@ -87,7 +89,7 @@ class Job:
 
 
 def jobs() -> Iterator[Job]:
-    """Every configuration that a call can launch on the listed architectures."""
+    """Every row of the tables that these architectures reach, at the usual head dimensions."""
     for arch in TARGETS:
         for dtype, size in DTYPES.items():
             for head_dim in HEAD_DIMS:
@@ -98,9 +100,9 @@ def jobs() -> Iterator[Job]:
                     for extra in EXTRA[name](dtype):
                         yield _job(name, arch, dtype, head_dim, {**shape, **extra}, config)
                 yield _job("class_logits", arch, dtype, head_dim, shape, tuning.class_logits())
-            yield _job("gather", arch, dtype, 0, {}, tuning.gather())
-            yield _job("scatter", arch, dtype, 0, {}, tuning.scatter())
-        for tokens in tuning.SELECT:
+            yield _job("gather", arch, dtype, 0, {"x_column": 1, "index_column": 1}, tuning.gather())
+            yield _job("scatter", arch, dtype, 0, {"grad_column": 1, "index_column": 1}, tuning.scatter())
+        for tokens in (*FEW_TOKENS, *tuning.SELECT):
             for num_select in (12, 64):
                 yield _job("select", arch, "fp32", 0, {}, tuning.select(arch, tokens, num_select))
 

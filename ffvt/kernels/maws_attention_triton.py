@@ -2,10 +2,10 @@
 
 What: out (B, N, H, D), lse, and the logits S[0, :] and S[:, 0] of every head, (B, H, N) fp32; then the selection
     kernel of `maws_select_triton` picks from them. Two launches.
-How: FlashAttention-2's online softmax in base 2 with fp32 sums. Two forms, chosen per shape in `tuning`:
+How: FlashAttention-2's online softmax in base 2 with fp32 sums. Two forms, a column of the table in `tuning`:
     class split: each tile of patch queries starts its softmax from the class key (maximum s_i0, sum 1, output v_0),
-        which gives column 0 for free; the N-1 patch keys, a multiple of 16 at all usual image sizes, follow in blocks
-        without a mask; one more program per head makes the class token's own row.
+        which gives column 0 for free; the N-1 patch keys follow in whole blocks without a mask, what is left in masked
+        steps of TAIL; one more program per head makes the class token's own row.
     tail mask: class token and patches alike; the last keys are masked, the first tile of queries stores row 0.
 Memory: three fp32 arrays (B, H, N), lse included. The map exists only as tiles in registers.
 Limits: D up to 128; fp16, bf16, fp32 (not rounded to TF32); one image of q, k, v or out within 2^31 elements.

@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels, per GPU architecture, element size and head dimension: one literal table.
 
 Every row says what chose it. A launch never searches: its configuration is a function of its arguments, so all
-processes agree, and the ahead-of-time report compiles all there are. The number of tokens plays no part in attention: a
+processes agree, and the ahead-of-time report compiles every row. The number of tokens plays no part in attention: a
 new N or K compiles nothing (selection: only from one power of two to the next).
 """
 
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 # The reasons name the report of the compiler (results/static-triton-*.json: registers, spills, programs per
 # multiprocessor) or a count of bytes. None is a timing yet: no row has been measured on a GPU.
 L2 = "128 queries a program: at 64 the keys and values would come out of L2 at 26 bytes a clock per multiprocessor"
-FITS = "largest tile of those tried (64x64, 128x64, 64x32, 32x64) without a spill, two programs a multiprocessor if any"
+FITS = "largest tile of those tried (16x64 to 128x64) without a spill, two programs a multiprocessor if any"
 SCALAR = "fp32 runs on scalar units: larger tiles spill"
 TILES = "the interpreter's time goes by the number of tiles"
 
