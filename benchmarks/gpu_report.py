@@ -48,6 +48,7 @@ from benchmarks.attention_rivals import (
     ours,
     serves,
 )
+from benchmarks.gpu_summary import of, summary
 from benchmarks.harness import (
     ROOT,
     Case,
@@ -207,7 +208,7 @@ def run_accuracy(report: Report) -> None:
             report.add("accuracy", **found)
             if not accuracy.passes(found):
                 report.failures.append(f"accuracy: {found}")
-    print(render_error_ratios(of(report, "accuracy")), flush=True)
+    print(render_error_ratios(of(report.records, "accuracy")), flush=True)
 
 
 def run_ceilings(report: Report) -> None:
@@ -541,58 +542,6 @@ def free(report: Report) -> None:
         torch.cuda.empty_cache()
 
 
-def summary(report: Report) -> str:
-    """Markdown: what a reader needs first, the goals, then tables."""
-    lines = [f"# GPU report: {report.common['environment']['device_name']}", ""]
-    lines += [f"- FAILED: {failure}" for failure in report.failures] or ["- no failure"]
-    lines += [f"- {r['summary']}" for r in of(report, "tests")]
-    for record in of(report, "ceilings"):
-        speed = (
-            f"{record['tflops']:.0f} TFLOP/s" if "tflops" in record else f"{record['terabytes_per_second']:.2f} TB/s"
-        )
-        lines.append(f"- {record['what']}: {speed}")
-    lines += attention_table(report)
-    lines += ["", "| B, N | what | launch | case | us |", "| --- | --- | --- | --- | ---: |"]
-    for r in of(report, "selection"):
-        size = f"{r['parameters']['batch']}, {r['parameters']['tokens']}"
-        lines.append(f"| {size} | {r['mode']} | {r['launch']} | {r['case']} | {r['time_ms']['median'] * 1e3:.1f} |")
-    lines += ["", "| shape | kernel | row | TFLOP/s |", "| --- | --- | --- | ---: |"]
-    for r in sorted(
-        (r for r in of(report, "variants") if "time_ms" in r),
-        key=lambda r: (str(r["parameters"]), r["kernel"], -r["tflops"]),
-    ):
-        size = f"B={r['parameters']['batch']} N={r['parameters']['tokens']}"
-        lines.append(f"| {size} | {r['kernel']} | {r['case']} | {r['tflops']:.0f} |")
-    lines += ["", "| batch | mode | model | images/s |", "| ---: | --- | --- | ---: |"]
-    for r in of(report, "model"):
-        speed = f"{r['images_per_second']:.0f}" if "time_ms" in r else r["missing"]
-        lines.append(f"| {r['parameters']['batch']} | {r['mode']} | {r['case']} | {speed} |")
-    missing = sorted({f"{r['case']}: {r['missing']}" for r in report.records if "missing" in r})
-    lines += ["", "Not measured:", *(f"- {line}" for line in missing), *(f"- no time for {x}" for x in report.left_out)]
-    return "\n".join(lines)
-
-
-def of(report: Report, section: str) -> list[dict[str, Any]]:
-    return [record for record in report.records if record["benchmark"] == f"gpu_{section}"]
-
-
-def attention_table(report: Report) -> Iterator[str]:
-    """A line per shape, mode and launch: our TFLOP/s, and how many times faster than each rival we are."""
-    yield from ("", "How many times faster ours is, statistics and selection included; below 1 it is slower.", "")
-    rivals = [name for name in (*FUSED, *ATTENTION_ONLY) if name != OURS]
-    yield f"| B, N, H, D | dtype | mode | launch, L2 | ours, TFLOP/s | {' | '.join(rivals)} |"
-    yield "| --- " * 4 + "| ---: " * (1 + len(rivals)) + "|"
-    groups: dict[tuple, dict[str, dict]] = {}
-    for r in of(report, "attention"):
-        if "time_ms" in r:
-            key = (*r["parameters"].values(), r["dtype"], r["mode"], f"{r['launch']}, {r['l2']}")
-            groups.setdefault(key, {})[r["case"]] = r
-    for (*size, dtype, mode, launch), cases in groups.items():
-        ratios = [f"{1 / cases[name]['speed_over_ours']['medians']:.2f}" if name in cases else "-" for name in rivals]
-        ours_tflops = f"{cases[OURS]['tflops']:.0f}"
-        yield f"| {', '.join(map(str, size))} | {dtype} | {mode} | {launch} | {ours_tflops} | {' | '.join(ratios)} |"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sections and prints the summary; 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -620,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 globals()[f"run_{section}"](report)
             free(report)
             print(f"{section}: {time.monotonic() - begin:.0f} s", flush=True)
-    text = summary(report)
+    text = summary(report.records, report.failures, report.left_out)
     (arguments.out / "summary.md").write_text(text + "\n")
     print(text)
     return 1 if report.failures else 0
