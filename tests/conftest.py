@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
 
-ON_CPU = ("torch", "reference") if torch.cuda.is_available() else ("torch", "reference", "triton")
+ON_CPU = ("cpp", "torch", "reference", *(() if torch.cuda.is_available() else ("triton",)))
 ON_GPU = ("triton", "torch") if torch.cuda.is_available() else ()
 
 

@@ -26,9 +26,9 @@ SHAPES = {  # B, N, H, D
 
 
 def skip_unserved(backend: str, dtype: torch.dtype) -> None:
-    """Skips where the Triton kernels, or their interpreter, do not know the dtype."""
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("the Triton kernels have no fp64")
+    """Skips where the kernels, or Triton's interpreter, do not know the dtype."""
+    if backend in ("triton", "cpp") and dtype == torch.float64:
+        pytest.skip(f"the {backend} kernels have no fp64")
     if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter multiplies bf16 matrices wrongly")
 

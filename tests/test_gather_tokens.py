@@ -53,7 +53,7 @@ def test_strided_input_and_one_token(backend):
 
 
 def test_operator_checks(backend):
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in ("triton", "cpp") else torch.float64
     x, index = sample(dtype=dtype)
     torch.library.opcheck(torch.ops.ffvt.gather_tokens, (x, index, backend))
     grad = torch.randn(3, 4, 5)

@@ -23,10 +23,10 @@ AUTO = ""  # the operators' `backend` argument when nothing is forced
 
 _MODULES = {
     "triton": "ffvt.kernels.triton_path",
+    "cpp": "ffvt.kernels.cpp_path",
     "torch": "ffvt.kernels.torch_path",
     "reference": "ffvt.kernels.reference",
 }
-_NOT_BUILT = {"cpp": "the C++ kernels are not part of this version"}
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 _DEFAULT_PREFERENCE = ("torch",)
 
@@ -92,8 +92,6 @@ def _reasons(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> list[s
 @functools.cache
 def _load_reasons(backend: str) -> list[str]:
     """Why the backend's module cannot be used at all."""
-    if backend in _NOT_BUILT:
-        return [_NOT_BUILT[backend]]
     try:
         importlib.import_module(_MODULES[backend])
     except ImportError as error:

@@ -1,0 +1,44 @@
+// Tensors (B, N, H, D) as the kernels see them, and the choice of the types they compute in.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "pack.h"
+
+namespace ffvt {
+
+template <typename scalar_t>
+inline Heads<scalar_t> heads_of(const at::Tensor& t) {
+  return {const_cast<scalar_t*>(t.const_data_ptr<std::remove_const_t<scalar_t>>()), t.stride(0), t.stride(1),
+          t.stride(2), t.size(2)};
+}
+
+// Calls kernel.template operator()<scalar_t, T>(): the dtype of the tensors, and that of the products' operands, which
+// is fp32 wherever there are no instructions for the other.
+template <typename Kernel>
+inline void with_types(at::ScalarType dtype, const Kernel& kernel) {
+  switch (dtype) {
+    case at::kFloat:
+      return kernel.template operator()<float, float>();
+    case at::kHalf:
+      return kernel.template operator()<at::Half, float>();
+    case at::kBFloat16:
+#if defined(__AVX512BF16__)
+      if (bf16_products()) {
+        return kernel.template operator()<at::BFloat16, at::BFloat16>();
+      }
+#endif
+      return kernel.template operator()<at::BFloat16, float>();
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "ffvt: dtype must be fp16, bf16 or fp32; got ", dtype);
+  }
+}
+
+// Degree of the polynomial of 2^r, for results of this dtype.
+template <typename scalar_t>
+constexpr int kExpDegree = sizeof(scalar_t) == 4 ? 6 : 4;
+
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+}  // namespace ffvt

@@ -1,0 +1,76 @@
+// Matrix products of tiles, C (+)= A B, through PyTorch's brgemm (oneDNN): AMX, AVX-512 or AVX2 as the CPU has them.
+// The one place that knows how PyTorch spells it (2.10 to 2.14 alike).
+//
+// A is M x K row-major and C is M x N fp32 row-major. B is K x N row-major in fp32; in bf16 its rows stand in pairs
+// (VNNI): element (k, n) at B[((k / 2) * ldb + n) * 2 + k % 2]. AMX asks for ldb of 16, 32, 48 or 64 and for an even
+// K; K below 32 is not relied on.
+
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <array>
+#include <cstdint>
+#include <exception>
+#include <vector>
+
+namespace ffvt {
+
+// Rows of B that stand together.
+template <typename T>
+constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+
+// What the number of rows of B is padded to with zeros.
+template <typename T>
+constexpr int64_t kDepthStep = sizeof(T) == 2 ? 32 : 1;
+
+template <typename T>
+inline void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                   int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/kPair<T> == 2);
+}
+
+// Gives the matrix unit back (AMX keeps a state per thread); at the end of a thread's work.
+inline void matmul_release(bool is_vnni) { at::native::cpublas::brgemm_release(is_vnni); }
+
+// Whether small products of bf16 integers come out exact. PyTorch has no stable way to ask, and what oneDNN does for a
+// shape depends on the CPU, so each kind of shape that the kernels use is tried, once.
+inline bool try_bf16() {
+  using at::BFloat16;
+  constexpr int64_t kMost = 80;
+  std::vector<BFloat16> a(kMost * kMost), b(kMost * 64);
+  std::vector<float> c(kMost * 64);
+  for (const auto [m, n, k] : {std::array<int64_t, 3>{64, 64, 64}, {17, 32, 80}, {80, 16, 32}, {1, 48, 34}}) {
+    for (int64_t i = 0; i < m * k; ++i) {
+      a[i] = static_cast<float>(i % 7 - 3);
+    }
+    for (int64_t i = 0; i < k * n; ++i) {
+      b[(i / n / 2 * n + i % n) * 2 + i / n % 2] = static_cast<float>(i % 5 - 2);
+    }
+    try {
+      matmul<BFloat16>(m, n, k, a.data(), k, b.data(), n, c.data(), n, false);
+      matmul<BFloat16>(m, n, k, a.data(), k, b.data(), n, c.data(), n, true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    for (int64_t i = 0; i < m * n; ++i) {
+      int64_t expected = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        expected += 2 * ((i / n * k + j) % 7 - 3) * ((j * n + i % n) % 5 - 2);
+      }
+      if (c[i] != static_cast<float>(expected)) {
+        return false;
+      }
+    }
+  }
+  matmul_release(true);
+  return true;
+}
+
+inline bool bf16_products() {
+  static const bool works = try_bf16();
+  return works && at::globalContext().userEnabledMkldnn();
+}
+
+}  // namespace ffvt

@@ -1,0 +1,245 @@
+// Attention with the class token's row and column of logits, and the selection that they make.
+//
+// What: out = softmax(scale q kT) v, lse, index, score for every image.
+// How: FlashAttention's forward, on transposed tiles: logits of a block of keys (down) by 64 queries (across), so that
+//   maximum, sum and rescaling go across vectors without a reduction, the keys are read as they lie in memory, and each
+//   tile and block costs two large products. Row and column are what a tile holds of key 0 and query 0.
+// Memory: per thread one head of k and of vT in the type of the products, and one tile; two lines (B, H, N) fp32.
+// Parallel: over (image, head, tile of queries), in one order; a thread packs a head when it comes to it.
+// Limits: fp16, bf16, fp32; unit last stride.
+// Source: FFVT section 3.2; FlashAttention-2 (Dao, arXiv 2307.08691).
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <limits>
+
+#include "heads.h"
+#include "kernels.h"
+
+namespace ffvt {
+namespace {
+
+constexpr int64_t kTile = kPanel;  // queries of a tile
+constexpr int64_t kBlock = 256;    // keys of a block
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Sizes {
+  int64_t tokens, head_dim;
+  float scale;
+};
+
+// Where a head's results go.
+template <typename scalar_t>
+struct Results {
+  Rows<scalar_t> out;
+  float *lse, *row, *column;
+};
+
+template <typename scalar_t, typename T>
+class Forward {
+ public:
+  explicit Forward(Sizes sizes)
+      : n_(sizes.tokens),
+        d_(sizes.head_dim),
+        scale_(sizes.scale),
+        depth_(sizeof(T) == 2 ? std::max<int64_t>(32, round_up(d_, 2)) : d_),
+        ld_values_(spread(round_up(n_, 32))),
+        keys_(n_ * depth_),
+        values_(depth_ * ld_values_),
+        query_rows_(kTile * depth_),
+        queries_(kTile * depth_),
+        logits_(round_up(std::min(n_, kBlock), 32) * kTile),
+        sums_(depth_ * kTile),
+        transposed_(kTile * round_up(depth_, 16)),
+        value_rows_(n_ * depth_),
+        scratch_(kPair<T> == 2 ? n_ * depth_ / 2 : 0) {}
+
+  void pack_head(Rows<const scalar_t> k, Rows<const scalar_t> v) {
+    copy_rows(k, n_, d_, static_cast<T*>(keys_), depth_, n_);
+    copy_rows(v, n_, d_, static_cast<T*>(value_rows_), depth_, n_);
+    transpose<T>(value_rows_, depth_, n_, depth_, values_, ld_values_, scratch_);
+    for (int64_t i = 0; i < depth_; ++i) {
+      std::memset(static_cast<void*>(values_ + i * ld_values_ + n_), 0, (ld_values_ - n_) * sizeof(T));
+    }
+  }
+
+  void tile(Rows<const scalar_t> q, int64_t first, const Results<scalar_t>& results) {
+    const int64_t rows = std::min(kTile, n_ - first);
+    if (rows > kTile / 2) {
+      tile_of<kTile>(q, first, rows, results);
+    } else {
+      tile_of<kTile / 2>(q, first, rows, results);
+    }
+  }
+
+ private:
+  template <int64_t lanes>
+  void tile_of(Rows<const scalar_t> q, int64_t first, int64_t rows, const Results<scalar_t>& results) {
+    copy_rows(q.from(first), rows, d_, static_cast<T*>(query_rows_), depth_, lanes);
+    pack_transposed<T>(query_rows_, depth_, lanes, depth_, queries_);
+    alignas(64) float maximum[lanes], sum[lanes];
+    std::fill_n(maximum, lanes, -kInfinity);
+    std::fill_n(sum, lanes, 0.0f);
+    for (int64_t key = 0; key < n_; key += kBlock) {
+      const int64_t block = std::min(kBlock, n_ - key);
+      matmul<T>(block, lanes, depth_, keys_ + key * depth_, depth_, queries_, kPanel, logits_, kTile, false);
+      if (first == 0) {
+        for (int64_t i = 0; i < block; ++i) {
+          results.row[key + i] = scale_ * logits_[i * kTile];
+        }
+      }
+      if (key == 0) {
+        for (int64_t i = 0; i < rows; ++i) {
+          results.column[first + i] = scale_ * logits_[i];
+        }
+      }
+      softmax<lanes>(block, key > 0, maximum, sum);
+      matmul<T>(d_, lanes, round_up(block, kDepthStep<T>), values_ + key, ld_values_,
+                reinterpret_cast<const T*>(static_cast<float*>(logits_)), kPanel, sums_, kTile, key > 0);
+    }
+    write<lanes>(first, rows, maximum, sum, results);
+  }
+
+  // Logits of one block -> their powers, in place, as a B operand of T; maximum, sum and sums so far follow.
+  template <int64_t lanes>
+  void softmax(int64_t block, bool rescale, float* maximum, float* sum) {
+    constexpr int kVectors = lanes / kWidth, kDegree = kExpDegree<scalar_t>;
+    const Vec factor(scale_ * kLog2E);
+    Vec top[kVectors], total[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      top[v] = Vec(-kInfinity);
+    }
+    for (int64_t i = 0; i < block; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        top[v] = at::vec::clamp_min(factor * Vec::loadu(logits_ + i * kTile + v * kWidth), top[v]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec before = Vec::loadu(maximum + v * kWidth);
+      top[v] = at::vec::clamp_min(top[v], before);
+      top[v].store(maximum + v * kWidth);
+      top[v] = at::vec::clamp_min(top[v], Vec(std::numeric_limits<float>::lowest()));  // -inf minus -inf is NaN
+      total[v] = Vec::loadu(sum + v * kWidth);
+      if (rescale) {
+        const Vec shrink = exp2_of_negative<kDegree>(before - top[v]);
+        total[v] = total[v] * shrink;
+        for (int64_t j = 0; j < d_; ++j) {
+          float* place = sums_ + j * kTile + v * kWidth;
+          (Vec::loadu(place) * shrink).store(place);
+        }
+      }
+    }
+    powers<lanes>(block, factor, top, total);
+    for (int v = 0; v < kVectors; ++v) {
+      total[v].store(sum + v * kWidth);
+    }
+  }
+
+  template <int64_t lanes>
+  void powers(int64_t block, Vec factor, const Vec* top, Vec* total) {
+    constexpr int kVectors = lanes / kWidth, kDegree = kExpDegree<scalar_t>;
+    if constexpr (kPair<T> == 1) {
+      for (int64_t i = 0; i < block; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          float* place = logits_ + i * kTile + v * kWidth;
+          const Vec power = exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(place), top[v]));
+          total[v] = total[v] + power;
+          power.store(place);
+        }
+      }
+    } else {
+#if defined(__AVX512BF16__)
+      T* to = reinterpret_cast<T*>(static_cast<float*>(logits_));
+      for (int64_t i = 0; i < block; i += 2) {
+        for (int v = 0; v < kVectors; ++v) {
+          const float* place = logits_ + i * kTile + v * kWidth;
+          const Vec even = exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(place), top[v]));
+          Vec odd(0.0f);
+          if (i + 1 < block) {
+            odd = exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(place + kTile), top[v]));
+          }
+          total[v] = total[v] + even + odd;
+          store_pairs(even, odd, to + i * kPanel + 2 * v * kWidth);
+        }
+      }
+      const int64_t filled = round_up(block, 2);
+      std::memset(static_cast<void*>(to + filled * kPanel), 0,
+                  (round_up(block, kDepthStep<T>) - filled) * kPanel * sizeof(T));
+#endif
+    }
+  }
+
+  template <int64_t lanes>
+  void write(int64_t first, int64_t rows, const float* maximum, const float* sum, const Results<scalar_t>& results) {
+    for (int v = 0; v < lanes / kWidth; ++v) {
+      const Vec inverse = Vec(1.0f) / Vec::loadu(sum + v * kWidth);
+      for (int64_t j = 0; j < d_; ++j) {
+        float* place = sums_ + j * kTile + v * kWidth;
+        (Vec::loadu(place) * inverse).store(place);
+      }
+    }
+    const int64_t ld = round_up(depth_, 16);
+    transpose_units(sums_, kTile, transposed_, ld, d_, lanes);
+    for (int64_t i = 0; i < rows; ++i) {
+      convert_back(transposed_ + i * ld, results.out[first + i], d_);
+      results.lse[first + i] = maximum[i] * kLn2 + std::log(sum[i]);
+    }
+  }
+
+  const int64_t n_, d_;
+  const float scale_;
+  const int64_t depth_, ld_values_;
+  Buffer<T> keys_, values_, query_rows_, queries_;
+  Buffer<float> logits_, sums_, transposed_;
+  Buffer<T> value_rows_;
+  Buffer<float> scratch_;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(const at::Tensor& q,
+                                                                                  const at::Tensor& k,
+                                                                                  const at::Tensor& v,
+                                                                                  int64_t num_select, double scale,
+                                                                                  int64_t first_candidate) {
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  const auto fp32 = q.options().dtype(at::kFloat);
+  at::Tensor out = at::empty({batch, tokens, heads, head_dim}, q.options());
+  at::Tensor lse = at::empty({batch, heads, tokens}, fp32), row = at::empty({batch, heads, tokens}, fp32),
+             column = at::empty({batch, heads, tokens}, fp32);
+  with_types(q.scalar_type(), [&]<typename scalar_t, typename T>() {
+    const auto queries = heads_of<const scalar_t>(q), keys = heads_of<const scalar_t>(k),
+               values = heads_of<const scalar_t>(v);
+    const auto outs = heads_of<scalar_t>(out);
+    const int64_t tiles = (tokens + kTile - 1) / kTile;
+    at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
+      Forward<scalar_t, T> forward({tokens, head_dim, static_cast<float>(scale)});
+      for (int64_t task = begin, packed = -1; task < end; ++task) {
+        const int64_t head = task / tiles;
+        if (head != packed) {
+          forward.pack_head(keys.head(head), values.head(head));
+          packed = head;
+        }
+        const int64_t line = head * tokens;
+        forward.tile(queries.head(head), task % tiles * kTile,
+                     {outs.head(head), lse.mutable_data_ptr<float>() + line, row.mutable_data_ptr<float>() + line,
+                      column.mutable_data_ptr<float>() + line});
+      }
+      matmul_release(kPair<T> == 2);
+    });
+  });
+  auto [index, score] = select_from_lines(row, column, num_select, first_candidate);
+  return {out, index, score, lse};
+}
+
+bool multiplies_bf16() {
+#if defined(__AVX512BF16__)
+  return bf16_products();
+#else
+  return false;
+#endif
+}
+
+}  // namespace ffvt

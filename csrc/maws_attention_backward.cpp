@@ -1,0 +1,284 @@
+// Gradient of maws_attention's out with respect to q, k and v.
+//
+// What: dq, dk, dv, written in place whatever their strides (three parts of one packed gradient, say).
+// How: a head's keys in blocks, and for each block all tiles of 64 queries. Logits and their gradients are recomputed
+//   from lse, transposed (keys down, queries across) as in the forward, so that five products need no transposed copy
+//   of a tile: keys x queries, values x grad_out, then p grad_out -> dv, dlogits q -> dk and kT dlogits -> dqT.
+// Memory: per thread one head of q, k, v and grad_out in the layouts of the products, dqT of the head in fp32, two
+// tiles
+//   and two blocks of sums. Where a head is split, dqT of every part.
+// Parallel: over heads, and over parts of their blocks where threads would be idle; parts of dq are added in one order,
+//   so the result depends on the number of threads but not on their timing.
+// Limits: as maws_attention.
+// Source: FlashAttention-2 (Dao, arXiv 2307.08691), backward.
+
+#include <ATen/Parallel.h>
+
+#include <limits>
+
+#include "heads.h"
+#include "kernels.h"
+
+namespace ffvt {
+namespace {
+
+constexpr int64_t kTile = kPanel;  // queries of a tile
+constexpr int64_t kBlock = 256;    // keys of a block
+
+struct Sizes {
+  int64_t tokens, head_dim;
+  float scale;
+  int64_t tiles() const { return (tokens + kTile - 1) / kTile; }
+  int64_t blocks() const { return (tokens + kBlock - 1) / kBlock; }
+  int64_t query_sums() const { return tiles() * head_dim * kTile; }  // elements of dqT
+};
+
+template <typename scalar_t>
+struct Inputs {
+  Rows<const scalar_t> grad_out, q, k, v, out;
+  const float* lse;
+};
+
+template <typename scalar_t, typename T>
+class Backward {
+ public:
+  explicit Backward(Sizes sizes)
+      : n_(sizes.tokens),
+        d_(sizes.head_dim),
+        scale_(sizes.scale),
+        depth_(sizeof(T) == 2 ? std::max<int64_t>(32, round_up(d_, 2)) : d_),
+        width_(round_up(depth_, 16)),
+        ld_keys_(spread(round_up(n_, 32))),
+        key_rows_(n_ * depth_),
+        value_rows_(n_ * depth_),
+        keys_transposed_(depth_ * ld_keys_),
+        rows_(kTile * width_),
+        queries_(sizes.tiles() * kTile * depth_),
+        grads_(sizes.tiles() * kTile * depth_),
+        query_panels_(sizes.tiles() * kTile * width_),
+        grad_panels_(sizes.tiles() * kTile * width_),
+        probs_(kPair<T> == 2 ? kBlock * kTile : 0),
+        d_logits_(kPair<T> == 2 ? kBlock * kTile : 0),
+        lse_(sizes.tiles() * kTile),
+        delta_(sizes.tiles() * kTile),
+        logits_(kBlock * kTile),
+        d_probs_(kBlock * kTile),
+        key_sums_(kBlock * width_),
+        value_sums_(kBlock * width_),
+        scratch_(kPair<T> == 2 ? n_ * depth_ / 2 : 0) {}
+
+  void pack_head(const Inputs<scalar_t>& head) {
+    copy_rows(head.k, n_, d_, static_cast<T*>(key_rows_), depth_, n_);
+    copy_rows(head.v, n_, d_, static_cast<T*>(value_rows_), depth_, n_);
+    transpose<T>(key_rows_, depth_, n_, depth_, keys_transposed_, ld_keys_, scratch_);
+    for (int64_t i = 0; i < depth_; ++i) {
+      std::memset(static_cast<void*>(keys_transposed_ + i * ld_keys_ + n_), 0, (ld_keys_ - n_) * sizeof(T));
+    }
+    for (int64_t first = 0; first < n_; first += kTile) {
+      const int64_t rows = std::min(kTile, n_ - first), lanes = lanes_of(rows);
+      pack_tile(head.q.from(first), rows, lanes, queries_ + first * depth_, query_panels_ + first * width_);
+      pack_tile(head.grad_out.from(first), rows, lanes, grads_ + first * depth_, grad_panels_ + first * width_);
+      for (int64_t i = 0; i < lanes; ++i) {  // lanes past the end: a power of -inf, zero
+        lse_[first + i] = i < rows ? head.lse[first + i] * kLog2E : std::numeric_limits<float>::infinity();
+        delta_[first + i] = i < rows ? dot(head.grad_out[first + i], head.out[first + i], d_) : 0.0f;
+      }
+    }
+  }
+
+  // The blocks [begin, end) of keys: dk and dv of their rows, and their part of dqT (tiles x D x kTile).
+  void blocks(int64_t begin, int64_t end, Rows<scalar_t> dk, Rows<scalar_t> dv, float* query_sums) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t key = block * kBlock, count = std::min(kBlock, n_ - key);
+      for (int64_t first = 0; first < n_; first += kTile) {
+        if (lanes_of(n_ - first) == kTile) {
+          tile<kTile>(key, count, first, query_sums + first * d_, block > begin);
+        } else {
+          tile<kTile / 2>(key, count, first, query_sums + first * d_, block > begin);
+        }
+      }
+      write(key_sums_, scale_, count, dk.from(key));
+      write(value_sums_, 1.0f, count, dv.from(key));
+    }
+  }
+
+ private:
+  static int64_t lanes_of(int64_t rows) { return rows > kTile / 2 ? kTile : kTile / 2; }
+
+  void pack_tile(Rows<const scalar_t> from, int64_t rows, int64_t lanes, T* transposed, T* panels) {
+    copy_rows(from, rows, d_, static_cast<T*>(rows_), width_, lanes);
+    pack_transposed<T>(rows_, width_, lanes, depth_, transposed);
+    pack<T>(rows_, width_, lanes, width_, panels);
+  }
+
+  template <int64_t lanes>
+  void tile(int64_t key, int64_t count, int64_t first, float* query_sums, bool add_to_query_sums) {
+    matmul<T>(count, lanes, depth_, key_rows_ + key * depth_, depth_, queries_ + first * depth_, kPanel, logits_, kTile,
+              false);
+    matmul<T>(count, lanes, depth_, value_rows_ + key * depth_, depth_, grads_ + first * depth_, kPanel, d_probs_,
+              kTile, false);
+    logit_gradients<lanes>(count, first);
+    const T* probs = kPair<T> == 2 ? static_cast<T*>(probs_) : reinterpret_cast<T*>(static_cast<float*>(logits_));
+    const T* d_logits =
+        kPair<T> == 2 ? static_cast<T*>(d_logits_) : reinterpret_cast<T*>(static_cast<float*>(d_probs_));
+    for (int64_t column = 0; column < width_; column += kPanel) {
+      const int64_t width = std::min(kPanel, width_ - column), panel = first * width_ + column * lanes;
+      matmul<T>(count, width, lanes, probs, kTile, grad_panels_ + panel, width, value_sums_ + column, width_,
+                first > 0);
+      matmul<T>(count, width, lanes, d_logits, kTile, query_panels_ + panel, width, key_sums_ + column, width_,
+                first > 0);
+    }
+    matmul<T>(d_, lanes, round_up(count, kDepthStep<T>), keys_transposed_ + key, ld_keys_,
+              reinterpret_cast<const T*>(static_cast<float*>(d_probs_)), kPanel, query_sums, kTile, add_to_query_sums);
+  }
+
+  // logits, d_probs -> probs and d_logits as A operands, d_logits (in the place of d_probs) also as B operand.
+  template <int64_t lanes>
+  void logit_gradients(int64_t count, int64_t first) {
+    constexpr int kVectors = lanes / kWidth, kDegree = kExpDegree<scalar_t>;
+    const Vec factor(scale_ * kLog2E);
+    Vec lse[kVectors], delta[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      lse[v] = Vec::loadu(lse_ + first + v * kWidth);
+      delta[v] = Vec::loadu(delta_ + first + v * kWidth);
+    }
+    const auto prob_at = [&](int64_t place, int v) {
+      return exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(logits_ + place), lse[v]));
+    };
+    if constexpr (kPair<T> == 1) {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t place = i * kTile + v * kWidth;
+          const Vec prob = prob_at(place, v);
+          prob.store(logits_ + place);
+          (prob * (Vec::loadu(d_probs_ + place) - delta[v])).store(d_probs_ + place);
+        }
+      }
+    } else {
+#if defined(__AVX512BF16__)
+      T* pairs = reinterpret_cast<T*>(static_cast<float*>(d_probs_));
+      for (int64_t i = 0; i < count; i += 2) {
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t place = i * kTile + v * kWidth;
+          const Vec prob = prob_at(place, v);
+          const Vec d_logit = prob * (Vec::loadu(d_probs_ + place) - delta[v]);
+          store_bf16(prob, probs_ + place);
+          store_bf16(d_logit, d_logits_ + place);
+          Vec next(0.0f);
+          if (i + 1 < count) {
+            const Vec next_prob = prob_at(place + kTile, v);
+            next = next_prob * (Vec::loadu(d_probs_ + place + kTile) - delta[v]);
+            store_bf16(next_prob, probs_ + place + kTile);
+            store_bf16(next, d_logits_ + place + kTile);
+          }
+          store_pairs(d_logit, next, pairs + i * kPanel + 2 * v * kWidth);
+        }
+      }
+      const int64_t filled = round_up(count, 2);
+      std::memset(static_cast<void*>(pairs + filled * kPanel), 0,
+                  (round_up(count, kDepthStep<T>) - filled) * kPanel * sizeof(T));
+#endif
+    }
+  }
+
+  void write(float* sums, float factor, int64_t rows, Rows<scalar_t> to) {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = sums + i * width_;
+      for (int64_t j = 0; j < width_; j += kWidth) {
+        (Vec(factor) * Vec::loadu(row + j)).store(row + j);
+      }
+      convert_back(row, to[i], d_);
+    }
+  }
+
+  const int64_t n_, d_;
+  const float scale_;
+  const int64_t depth_, width_, ld_keys_;
+  Buffer<T> key_rows_, value_rows_, keys_transposed_, rows_, queries_, grads_, query_panels_, grad_panels_, probs_,
+      d_logits_;
+  Buffer<float> lse_, delta_, logits_, d_probs_, key_sums_, value_sums_, scratch_;
+};
+
+// The sum of the parts of dqT, scaled, as rows of dq; for one tile of queries. Overwrites the first part.
+template <typename scalar_t>
+void write_query_gradient(Sizes sizes, int64_t first, float* parts, int64_t count, Rows<scalar_t> dq, float* scratch) {
+  const int64_t d = sizes.head_dim, ld = round_up(d, 16);
+  float* sums = parts + first * d;
+  for (int64_t j = 0; j < d * kTile; j += kWidth) {
+    Vec total = Vec::loadu(sums + j);
+    for (int64_t part = 1; part < count; ++part) {
+      total = total + Vec::loadu(sums + part * sizes.query_sums() + j);
+    }
+    (Vec(sizes.scale) * total).store(sums + j);
+  }
+  transpose_units(sums, kTile, scratch, ld, d, kTile);
+  for (int64_t i = 0; i < std::min(kTile, sizes.tokens - first); ++i) {
+    convert_back(scratch + i * ld, dq[first + i], d);
+  }
+}
+
+// Into how many parts the blocks of a head are split: as few as keep the threads as busy as can be.
+int64_t parts_of(int64_t heads, int64_t blocks) {
+  const int64_t threads = at::get_num_threads();
+  int64_t best = 1;
+  double shortest = std::numeric_limits<double>::infinity();
+  for (int64_t parts = 1; parts <= std::min(blocks, threads); ++parts) {
+    const int64_t rounds = (heads * parts + threads - 1) / threads, longest = (blocks + parts - 1) / parts;
+    const double time = static_cast<double>(rounds * longest);
+    if (time < 0.95 * shortest) {
+      shortest = time;
+      best = parts;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+void maws_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, double scale, const at::Tensor& dq,
+                             const at::Tensor& dk, const at::Tensor& dv) {
+  const Sizes sizes{q.size(1), q.size(3), static_cast<float>(scale)};
+  const int64_t heads = q.size(0) * q.size(2), blocks = sizes.blocks(), parts = parts_of(heads, blocks);
+  const at::Tensor grad = grad_out.stride(3) == 1 ? grad_out : grad_out.contiguous();
+  const at::Tensor result = out.stride(3) == 1 ? out : out.contiguous(), line = lse.contiguous();
+  with_types(q.scalar_type(), [&]<typename scalar_t, typename T>() {
+    const auto g = heads_of<const scalar_t>(grad), o = heads_of<const scalar_t>(result);
+    const auto q_ = heads_of<const scalar_t>(q), k_ = heads_of<const scalar_t>(k), v_ = heads_of<const scalar_t>(v);
+    const auto dq_ = heads_of<scalar_t>(dq), dk_ = heads_of<scalar_t>(dk), dv_ = heads_of<scalar_t>(dv);
+    const auto write_head = [&](int64_t head, int64_t first_tile, int64_t end_tile, float* sums) {
+      Buffer<float> scratch(kTile * round_up(sizes.head_dim, 16));
+      for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+        write_query_gradient(sizes, tile * kTile, sums, parts, dq_.head(head), scratch);
+      }
+    };
+    Buffer<float> shared(parts > 1 ? heads * parts * sizes.query_sums() : 0);
+    at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+      Backward<scalar_t, T> backward(sizes);
+      Buffer<float> own(parts > 1 ? 0 : sizes.query_sums());
+      for (int64_t task = begin, packed = -1; task < end; ++task) {
+        const int64_t head = task / parts, part = task % parts;
+        if (head != packed) {
+          backward.pack_head({g.head(head), q_.head(head), k_.head(head), v_.head(head), o.head(head),
+                              line.const_data_ptr<float>() + head * sizes.tokens});
+          packed = head;
+        }
+        float* sums = parts > 1 ? shared + task * sizes.query_sums() : own;
+        backward.blocks(part * blocks / parts, (part + 1) * blocks / parts, dk_.head(head), dv_.head(head), sums);
+        if (parts == 1) {
+          write_head(head, 0, sizes.tiles(), sums);
+        }
+      }
+      matmul_release(kPair<T> == 2);
+    });
+    if (parts > 1) {
+      at::parallel_for(0, heads * sizes.tiles(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t head = task / sizes.tiles(), tile = task % sizes.tiles();
+          write_head(head, tile, tile + 1, shared + head * parts * sizes.query_sums());
+        }
+      });
+    }
+  });
+}
+
+}  // namespace ffvt
