@@ -8,13 +8,16 @@ GPU_PYTHON ?= python3
 OUT ?= runs/gpu-report
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint format bench static-report gpu-report setup
+.PHONY: demo test test-asan lint format bench static-report gpu-report setup
 
 demo: setup  ## train on PartBirds from scratch, write runs/demo/report.html
 	$(BIN)/python -m ffvt demo --output runs/demo
 
 test: setup $(OLD_TRITON)
 	$(BIN)/python -m pytest -q
+
+test-asan: setup  ## the C++ kernels' tests with AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer
+	tests/asan.sh $(BIN) $(VENV)/asan
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
 every set of instructions; the best one that a CPU has is loaded at run time, so a build runs on any CPU of its kind.
 
 FFVT_NO_EXT=1 skips them all. Without a working compiler the package installs without them, which `ffvt.info()` tells.
-FFVT_SANITIZE=1 builds for `make test-asan`: AddressSanitizer, UndefinedBehaviorSanitizer, scratch memory filled with NaN.
+FFVT_SANITIZE=1 builds for `make test-asan`: AddressSanitizer, UndefinedBehaviorSanitizer, scratch filled with NaN.
 """
 
 import os
@@ -22,7 +22,14 @@ CAPABILITIES = {  # name: (what at::vec calls it, the compiler's flags)
     "avx2": ("AVX2", ["-mavx2", "-mfma", "-mf16c"]),
     "default": ("DEFAULT", []),
 }
-SANITIZE = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZE = [
+    "-O1",
+    "-g",
+    "-UNDEBUG",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
 
 
 def extension_arguments() -> dict:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ffvt
 from benchmarks.authors_eager import mutual_attention_index
+from benchmarks.report import COMPILED, EAGER, OURS
 from ffvt.kernels import torch_path
 
 Rival = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # qkv, K -> out (B, N, H, D), index (B, K) or None
@@ -26,7 +27,6 @@ SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-OURS, EAGER, COMPILED = "ours", "authors' eager", "authors' eager, compiled"
 NOT_SERVED = (ImportError, RuntimeError, ValueError, TypeError)  # what a rival raises where it cannot serve
 
 

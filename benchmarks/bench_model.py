@@ -45,10 +45,9 @@ from benchmarks.harness import (
     require_equal,
     speedups,
 )
-from benchmarks.report import render_table
+from benchmarks.report import COMPOSITION, EAGER, OURS, render_table
 from ffvt.model.config import make_config
 
-EAGER, COMPOSITION, OURS = "authors' eager", "composition", "ours"
 TIMM, OURS_PLAIN = "timm plain ViT", "ours, plain ViT"
 FUSION, PLAIN = (EAGER, COMPOSITION, OURS), (TIMM, OURS_PLAIN)
 MODES = ("forward", "step")

@@ -23,6 +23,7 @@ from benchmarks.harness import RESULTS, ROOT
 
 Record = Mapping[str, Any]
 MIB = 1024**2
+EAGER, COMPILED, COMPOSITION, OURS = "authors' eager", "authors' eager, compiled", "composition", "ours"
 
 
 class ReportError(RuntimeError):
@@ -73,6 +74,8 @@ def _renderer(record: Record) -> Callable[[Sequence[Record]], str]:
     """What makes the tables of records of this kind."""
     if "ratios" in record:
         return render_error_ratios
+    if "gflops" in record:
+        return render_attention
     return render if "time_ms" in record else render_accuracies
 
 
@@ -138,6 +141,49 @@ def render_table(records: Iterable[Record]) -> str:
         ratios = [" / ".join(_speedup(record, baseline) for record in found) for baseline in baselines]
         lines.append([case, *times, *ratios, " / ".join(_memory(record) for record in found)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def render_attention(records: Iterable[Record]) -> str:
+    """Markdown: a caption per device and thread count, a row per dtype and shape; the latest of each wins.
+
+    A row has what ours takes, its rate and share of the matmul peak, and how many times faster it is than each rival.
+    """
+    tables: dict[tuple, dict[tuple, dict[str, Record]]] = {}
+    for record in records:
+        if record["case"] == OURS:
+            where = record["environment"]
+            table = tables.setdefault((where["device_name"], instruction_set(where), where["threads"]), {})
+            table.setdefault((record["dtype"], *record["parameters"]["shape"]), {})[record["mode"]] = record
+    return "\n\n".join(_attention_table(table) for table in tables.values())
+
+
+def _attention_table(rows: Mapping[tuple, Mapping[str, Record]]) -> str:
+    modes = ("forward", "backward", "both")
+    newest = max((record for by_mode in rows.values() for record in by_mode.values()), key=lambda r: r["date"])
+    where, parameters = newest["environment"], newest["parameters"]
+    rivals = list(dict.fromkeys(name for by_mode in rows.values() for name in by_mode["forward"]["speedup"]))
+    joined = " / ".join(modes)
+    lines = [
+        f"**{where['device_name']} ({instruction_set(where)}), {where['threads']} threads; H = "
+        f"{parameters['shape'][2]}, K = {parameters['num_select']}.** torch {where['torch']}, commit {where['commit']}"
+        f", {newest['date'][:10]}. Ours on the {newest['served_by']} backend. Medians of {newest['time_ms']['n']} "
+        f"interleaved rounds; {joined}; times faster than each rival.",
+        "",
+        f"| dtype | B, N, D | ours, ms | GFLOP/s | share of matmul peak | {' | '.join(rivals)} |",
+        f"| --- | --- {'| ---: ' * (3 + len(rivals))}|",
+    ]
+    for (dtype, batch, tokens, _, head_dim), by_mode in rows.items():
+        found = [by_mode[mode] for mode in modes]
+        cells = [
+            dtype,
+            f"{batch}, {tokens}, {head_dim}",
+            " / ".join(_digits(record["time_ms"]["median"]) for record in found),
+            " / ".join(f"{record['gflops']:.0f}" for record in found),
+            " / ".join(f"{record['gflops'] / record['matmul_gflops']:.2f}" for record in found),
+            *(" / ".join(_speedup(record, rival) for record in found) for rival in rivals),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def render_accuracies(records: Iterable[Record]) -> str:

@@ -83,11 +83,10 @@ at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& inde
         for (int64_t token = start; token < std::min(start + kRows, num_tokens); ++token) {
           scalar_t* row = to + (image * num_tokens + token) * channels;
           int64_t pick = picks.first[token];
-          const scalar_t* grad_row = from + (image * count + pick) * channels;
           if (pick < 0) {
             std::memset(static_cast<void*>(row), 0, channels * sizeof(scalar_t));
           } else if (picks.next[pick] < 0) {
-            std::memcpy(row, grad_row, channels * sizeof(scalar_t));
+            std::memcpy(row, from + (image * count + pick) * channels, channels * sizeof(scalar_t));
           } else {
             std::fill(sums.begin(), sums.end(), 0.0f);
             for (; pick >= 0; pick = picks.next[pick]) {

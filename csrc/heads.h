@@ -10,8 +10,13 @@ namespace ffvt {
 
 template <typename scalar_t>
 inline Heads<scalar_t> heads_of(const at::Tensor& t) {
-  return {const_cast<scalar_t*>(t.const_data_ptr<std::remove_const_t<scalar_t>>()), t.stride(0), t.stride(1),
-          t.stride(2), t.size(2)};
+  scalar_t* data;
+  if constexpr (std::is_const_v<scalar_t>) {
+    data = t.const_data_ptr<std::remove_const_t<scalar_t>>();
+  } else {
+    data = t.mutable_data_ptr<scalar_t>();
+  }
+  return {data, t.stride(0), t.stride(1), t.stride(2), t.size(2)};
 }
 
 // Calls kernel.template operator()<scalar_t, T>(): the dtype of the tensors, and that of the products' operands, which
@@ -35,10 +40,13 @@ inline void with_types(at::ScalarType dtype, const Kernel& kernel) {
   }
 }
 
+constexpr int64_t kTile = kPanel;  // queries of a tile
+constexpr int64_t kBlock = 256;    // keys of a block
+
 // Degree of the polynomial of 2^r, for results of this dtype.
 template <typename scalar_t>
 constexpr int kExpDegree = sizeof(scalar_t) == 4 ? 6 : 4;
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 
 }  // namespace ffvt

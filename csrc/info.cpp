@@ -31,9 +31,9 @@ py::dict cpu_info() {
 #if defined(__x86_64__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;    // leaf 7.0, edx
   constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxFp16 = 1u << 21;  // leaf 7.1, eax
-  avx2 = __builtin_cpu_supports("avx2");
-  avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   bool amx_tile = false;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {

@@ -17,6 +17,8 @@
 
 namespace ffvt {
 
+constexpr int64_t kPanel = 64;  // most columns of one B operand
+
 // Rows of B that stand together.
 template <typename T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
@@ -31,26 +33,37 @@ inline void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, con
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/kPair<T> == 2);
 }
 
-// Gives the matrix unit back (AMX keeps a state per thread); at the end of a thread's work.
-inline void matmul_release(bool is_vnni) { at::native::cpublas::brgemm_release(is_vnni); }
+// Gives the matrix unit back at its end (AMX keeps a state per thread): one around a thread's products of T.
+template <typename T>
+struct MatmulScope {
+  MatmulScope() = default;
+  MatmulScope(const MatmulScope&) = delete;
+  ~MatmulScope() { at::native::cpublas::brgemm_release(/*is_vnni=*/kPair<T> == 2); }
+};
 
 // Whether small products of bf16 integers come out exact. PyTorch has no stable way to ask, and what oneDNN does for a
-// shape depends on the CPU, so each kind of shape that the kernels use is tried, once.
+// shape depends on the CPU, so shapes and strides of each kind that the kernels use are tried, once.
 inline bool try_bf16() {
   using at::BFloat16;
-  constexpr int64_t kMost = 80;
-  std::vector<BFloat16> a(kMost * kMost), b(kMost * 64);
-  std::vector<float> c(kMost * 64);
-  for (const auto [m, n, k] : {std::array<int64_t, 3>{64, 64, 64}, {17, 32, 80}, {80, 16, 32}, {1, 48, 34}}) {
+  struct Try {
+    int64_t m, n, k, ldb;
+  };
+  constexpr int64_t kMost = 96, ldc = kMost;
+  std::vector<BFloat16> a(kMost * kMost), b(kMost * kPanel);
+  std::vector<float> c(kMost * ldc);
+  const MatmulScope<BFloat16> scope;
+  for (const auto [m, n, k, ldb] :
+       {Try{64, 64, 64, 64}, Try{17, 32, 80, 64}, Try{80, 16, 32, 16}, Try{1, 48, 34, 48}}) {
+    const int64_t lda = k + 16;
     for (int64_t i = 0; i < m * k; ++i) {
-      a[i] = static_cast<float>(i % 7 - 3);
+      a[i / k * lda + i % k] = static_cast<float>(i % 7 - 3);
     }
     for (int64_t i = 0; i < k * n; ++i) {
-      b[(i / n / 2 * n + i % n) * 2 + i / n % 2] = static_cast<float>(i % 5 - 2);
+      b[(i / n / 2 * ldb + i % n) * 2 + i / n % 2] = static_cast<float>(i % 5 - 2);
     }
     try {
-      matmul<BFloat16>(m, n, k, a.data(), k, b.data(), n, c.data(), n, false);
-      matmul<BFloat16>(m, n, k, a.data(), k, b.data(), n, c.data(), n, true);
+      matmul<BFloat16>(m, n, k, a.data(), lda, b.data(), ldb, c.data(), ldc, false);
+      matmul<BFloat16>(m, n, k, a.data(), lda, b.data(), ldb, c.data(), ldc, true);
     } catch (const std::exception&) {
       return false;
     }
@@ -59,18 +72,20 @@ inline bool try_bf16() {
       for (int64_t j = 0; j < k; ++j) {
         expected += 2 * ((i / n * k + j) % 7 - 3) * ((j * n + i % n) % 5 - 2);
       }
-      if (c[i] != static_cast<float>(expected)) {
+      if (c[i / n * ldc + i % n] != static_cast<float>(expected)) {
         return false;
       }
     }
   }
-  matmul_release(true);
   return true;
 }
 
 inline bool bf16_products() {
+  if (!at::globalContext().userEnabledMkldnn()) {
+    return false;
+  }
   static const bool works = try_bf16();
-  return works && at::globalContext().userEnabledMkldnn();
+  return works;
 }
 
 }  // namespace ffvt

@@ -21,8 +21,6 @@
 namespace ffvt {
 namespace {
 
-constexpr int64_t kTile = kPanel;  // queries of a tile
-constexpr int64_t kBlock = 256;    // keys of a block
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Sizes {
@@ -44,8 +42,8 @@ class Forward {
       : n_(sizes.tokens),
         d_(sizes.head_dim),
         scale_(sizes.scale),
-        depth_(sizeof(T) == 2 ? std::max<int64_t>(32, round_up(d_, 2)) : d_),
-        ld_values_(spread(round_up(n_, 32))),
+        depth_(depth_of<T>(d_)),
+        ld_values_(stride_of(n_)),
         keys_(n_ * depth_),
         values_(depth_ * ld_values_),
         query_rows_(kTile * depth_),
@@ -60,9 +58,6 @@ class Forward {
     copy_rows(k, n_, d_, static_cast<T*>(keys_), depth_, n_);
     copy_rows(v, n_, d_, static_cast<T*>(value_rows_), depth_, n_);
     transpose<T>(value_rows_, depth_, n_, depth_, values_, ld_values_, scratch_);
-    for (int64_t i = 0; i < depth_; ++i) {
-      std::memset(static_cast<void*>(values_ + i * ld_values_ + n_), 0, (ld_values_ - n_) * sizeof(T));
-    }
   }
 
   void tile(Rows<const scalar_t> q, int64_t first, const Results<scalar_t>& results) {
@@ -79,8 +74,8 @@ class Forward {
   void tile_of(Rows<const scalar_t> q, int64_t first, int64_t rows, const Results<scalar_t>& results) {
     copy_rows(q.from(first), rows, d_, static_cast<T*>(query_rows_), depth_, lanes);
     pack_transposed<T>(query_rows_, depth_, lanes, depth_, queries_);
-    alignas(64) float maximum[lanes], sum[lanes];
-    std::fill_n(maximum, lanes, -kInfinity);
+    alignas(64) float extreme[lanes], sum[lanes];
+    std::fill_n(extreme, lanes, scale_ < 0 ? kInfinity : -kInfinity);
     std::fill_n(sum, lanes, 0.0f);
     for (int64_t key = 0; key < n_; key += kBlock) {
       const int64_t block = std::min(kBlock, n_ - key);
@@ -95,35 +90,43 @@ class Forward {
           results.column[first + i] = scale_ * logits_[i];
         }
       }
-      softmax<lanes>(block, key > 0, maximum, sum);
+      softmax<lanes>(block, key > 0, extreme, sum);
       matmul<T>(d_, lanes, round_up(block, kDepthStep<T>), values_ + key, ld_values_,
                 reinterpret_cast<const T*>(static_cast<float*>(logits_)), kPanel, sums_, kTile, key > 0);
     }
-    write<lanes>(first, rows, maximum, sum, results);
+    write<lanes>(first, rows, extreme, sum, results);
   }
 
-  // Logits of one block -> their powers, in place, as a B operand of T; maximum, sum and sums so far follow.
+  // Products q k of one block -> softmax's powers, in place, as a B operand of T. Of the products so far: their extreme
+  // (the largest; the smallest for a negative scale), the sum of the powers, and sums_, which are rescaled.
   template <int64_t lanes>
-  void softmax(int64_t block, bool rescale, float* maximum, float* sum) {
+  void softmax(int64_t block, bool rescale, float* extreme, float* sum) {
     constexpr int kVectors = lanes / kWidth, kDegree = kExpDegree<scalar_t>;
+    constexpr float kLargest = std::numeric_limits<float>::max();
     const Vec factor(scale_ * kLog2E);
     Vec top[kVectors], total[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      top[v] = Vec(-kInfinity);
-    }
-    for (int64_t i = 0; i < block; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        top[v] = at::vec::clamp_min(factor * Vec::loadu(logits_ + i * kTile + v * kWidth), top[v]);
+    const auto scan = [&](auto better) {
+      for (int64_t i = 0; i < block; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          top[v] = better(Vec::loadu(logits_ + i * kTile + v * kWidth), top[v]);
+        }
       }
+    };
+    for (int v = 0; v < kVectors; ++v) {
+      top[v] = Vec::loadu(extreme + v * kWidth);
+    }
+    if (scale_ < 0) {
+      scan([](Vec a, Vec b) { return at::vec::clamp_max(a, b); });
+    } else {
+      scan([](Vec a, Vec b) { return at::vec::clamp_min(a, b); });
     }
     for (int v = 0; v < kVectors; ++v) {
-      const Vec before = Vec::loadu(maximum + v * kWidth);
-      top[v] = at::vec::clamp_min(top[v], before);
-      top[v].store(maximum + v * kWidth);
-      top[v] = at::vec::clamp_min(top[v], Vec(std::numeric_limits<float>::lowest()));  // -inf minus -inf is NaN
+      const Vec before = Vec::loadu(extreme + v * kWidth);
+      top[v].store(extreme + v * kWidth);
+      top[v] = at::vec::clamp(top[v], Vec(-kLargest), Vec(kLargest));  // inf minus inf is NaN
       total[v] = Vec::loadu(sum + v * kWidth);
       if (rescale) {
-        const Vec shrink = exp2_of_negative<kDegree>(before - top[v]);
+        const Vec shrink = exp2_of_negative<kDegree>(factor * (before - top[v]));
         total[v] = total[v] * shrink;
         for (int64_t j = 0; j < d_; ++j) {
           float* place = sums_ + j * kTile + v * kWidth;
@@ -144,7 +147,7 @@ class Forward {
       for (int64_t i = 0; i < block; ++i) {
         for (int v = 0; v < kVectors; ++v) {
           float* place = logits_ + i * kTile + v * kWidth;
-          const Vec power = exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(place), top[v]));
+          const Vec power = exp2_of_negative<kDegree>(factor * (Vec::loadu(place) - top[v]));
           total[v] = total[v] + power;
           power.store(place);
         }
@@ -155,10 +158,10 @@ class Forward {
       for (int64_t i = 0; i < block; i += 2) {
         for (int v = 0; v < kVectors; ++v) {
           const float* place = logits_ + i * kTile + v * kWidth;
-          const Vec even = exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(place), top[v]));
+          const Vec even = exp2_of_negative<kDegree>(factor * (Vec::loadu(place) - top[v]));
           Vec odd(0.0f);
           if (i + 1 < block) {
-            odd = exp2_of_negative<kDegree>(at::vec::fmsub(factor, Vec::loadu(place + kTile), top[v]));
+            odd = exp2_of_negative<kDegree>(factor * (Vec::loadu(place + kTile) - top[v]));
           }
           total[v] = total[v] + even + odd;
           store_pairs(even, odd, to + i * kPanel + 2 * v * kWidth);
@@ -172,7 +175,7 @@ class Forward {
   }
 
   template <int64_t lanes>
-  void write(int64_t first, int64_t rows, const float* maximum, const float* sum, const Results<scalar_t>& results) {
+  void write(int64_t first, int64_t rows, const float* extreme, const float* sum, const Results<scalar_t>& results) {
     for (int v = 0; v < lanes / kWidth; ++v) {
       const Vec inverse = Vec(1.0f) / Vec::loadu(sum + v * kWidth);
       for (int64_t j = 0; j < d_; ++j) {
@@ -184,7 +187,7 @@ class Forward {
     transpose_units(sums_, kTile, transposed_, ld, d_, lanes);
     for (int64_t i = 0; i < rows; ++i) {
       convert_back(transposed_ + i * ld, results.out[first + i], d_);
-      results.lse[first + i] = maximum[i] * kLn2 + std::log(sum[i]);
+      results.lse[first + i] = scale_ * extreme[i] + std::log(sum[i]);
     }
   }
 
@@ -215,6 +218,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forwar
     const auto outs = heads_of<scalar_t>(out);
     const int64_t tiles = (tokens + kTile - 1) / kTile;
     at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
+      const MatmulScope<T> scope;
       Forward<scalar_t, T> forward({tokens, head_dim, static_cast<float>(scale)});
       for (int64_t task = begin, packed = -1; task < end; ++task) {
         const int64_t head = task / tiles;
@@ -227,7 +231,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forwar
                      {outs.head(head), lse.mutable_data_ptr<float>() + line, row.mutable_data_ptr<float>() + line,
                       column.mutable_data_ptr<float>() + line});
       }
-      matmul_release(kPair<T> == 2);
     });
   });
   auto [index, score] = select_from_lines(row, column, num_select, first_candidate);

@@ -22,9 +22,6 @@
 namespace ffvt {
 namespace {
 
-constexpr int64_t kTile = kPanel;  // queries of a tile
-constexpr int64_t kBlock = 256;    // keys of a block
-
 struct Sizes {
   int64_t tokens, head_dim;
   float scale;
@@ -46,9 +43,9 @@ class Backward {
       : n_(sizes.tokens),
         d_(sizes.head_dim),
         scale_(sizes.scale),
-        depth_(sizeof(T) == 2 ? std::max<int64_t>(32, round_up(d_, 2)) : d_),
+        depth_(depth_of<T>(d_)),
         width_(round_up(depth_, 16)),
-        ld_keys_(spread(round_up(n_, 32))),
+        ld_keys_(stride_of(n_)),
         key_rows_(n_ * depth_),
         value_rows_(n_ * depth_),
         keys_transposed_(depth_ * ld_keys_),
@@ -71,14 +68,11 @@ class Backward {
     copy_rows(head.k, n_, d_, static_cast<T*>(key_rows_), depth_, n_);
     copy_rows(head.v, n_, d_, static_cast<T*>(value_rows_), depth_, n_);
     transpose<T>(key_rows_, depth_, n_, depth_, keys_transposed_, ld_keys_, scratch_);
-    for (int64_t i = 0; i < depth_; ++i) {
-      std::memset(static_cast<void*>(keys_transposed_ + i * ld_keys_ + n_), 0, (ld_keys_ - n_) * sizeof(T));
-    }
     for (int64_t first = 0; first < n_; first += kTile) {
       const int64_t rows = std::min(kTile, n_ - first), lanes = lanes_of(rows);
       pack_tile(head.q.from(first), rows, lanes, queries_ + first * depth_, query_panels_ + first * width_);
       pack_tile(head.grad_out.from(first), rows, lanes, grads_ + first * depth_, grad_panels_ + first * width_);
-      for (int64_t i = 0; i < lanes; ++i) {  // lanes past the end: a power of -inf, zero
+      for (int64_t i = 0; i < lanes; ++i) {  // past the end: a power of -inf, zero
         lse_[first + i] = i < rows ? head.lse[first + i] * kLog2E : std::numeric_limits<float>::infinity();
         delta_[first + i] = i < rows ? dot(head.grad_out[first + i], head.out[first + i], d_) : 0.0f;
       }
@@ -104,8 +98,12 @@ class Backward {
  private:
   static int64_t lanes_of(int64_t rows) { return rows > kTile / 2 ? kTile : kTile / 2; }
 
+  // Lanes past the end repeat the last row, so that they are finite wherever it is; their lse makes them weigh nothing.
   void pack_tile(Rows<const scalar_t> from, int64_t rows, int64_t lanes, T* transposed, T* panels) {
-    copy_rows(from, rows, d_, static_cast<T*>(rows_), width_, lanes);
+    copy_rows(from, rows, d_, static_cast<T*>(rows_), width_, rows);
+    for (int64_t i = rows; i < lanes; ++i) {
+      std::memcpy(static_cast<void*>(rows_ + i * width_), rows_ + (rows - 1) * width_, width_ * sizeof(T));
+    }
     pack_transposed<T>(rows_, width_, lanes, depth_, transposed);
     pack<T>(rows_, width_, lanes, width_, panels);
   }
@@ -253,6 +251,7 @@ void maws_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, co
     };
     Buffer<float> shared(parts > 1 ? heads * parts * sizes.query_sums() : 0);
     at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+      const MatmulScope<T> scope;
       Backward<scalar_t, T> backward(sizes);
       Buffer<float> own(parts > 1 ? 0 : sizes.query_sums());
       for (int64_t task = begin, packed = -1; task < end; ++task) {
@@ -268,7 +267,6 @@ void maws_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, co
           write_head(head, 0, sizes.tiles(), sums);
         }
       }
-      matmul_release(kPair<T> == 2);
     });
     if (parts > 1) {
       at::parallel_for(0, heads * sizes.tiles(), 1, [&](int64_t begin, int64_t end) {

@@ -13,17 +13,17 @@
 
 namespace ffvt {
 
-constexpr int64_t kPanel = 64;  // columns of one B operand
-
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Memory of one thread, 64-byte aligned. Debug builds fill it with NaN, so that what is read unwritten shows.
+// Scratch memory, 64-byte aligned. Debug builds fill it with NaN, so that what is read unwritten shows.
 template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(count * sizeof(T))) {
 #ifndef NDEBUG
-    std::memset(memory_.get(), 0xff, count * sizeof(T));
+    if (count > 0) {
+      std::memset(memory_.get(), 0xff, count * sizeof(T));
+    }
 #endif
   }
   operator T*() const { return static_cast<T*>(memory_.get()); }
@@ -62,7 +62,9 @@ inline void copy_rows(Rows<const scalar_t> from, int64_t rows, int64_t columns, 
     } else {
       convert(from[i], to, columns);
     }
-    std::memset(static_cast<void*>(to + columns), 0, (ld - columns) * sizeof(T));
+    if (ld > columns) {
+      std::memset(static_cast<void*>(to + columns), 0, (ld - columns) * sizeof(T));
+    }
   }
   std::memset(static_cast<void*>(to), 0, (padded_rows - rows) * ld * sizeof(T));
 }
@@ -123,7 +125,7 @@ inline void pack(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to
 }
 
 // rows x columns, row-major with `ld` -> columns x rows, row-major with `ld_to`: an A operand. `scratch` holds
-// columns / 2 x rows elements of 32 bits, for 16-bit T.
+// columns / 2 x rows elements of 32 bits, for 16-bit T. Zeros fill what is left of each of the new rows.
 template <typename T>
 inline void transpose(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to, int64_t ld_to, float* scratch) {
   if constexpr (kPair<T> == 1) {
@@ -147,9 +149,21 @@ inline void transpose(const T* from, int64_t ld, int64_t rows, int64_t columns, 
       }
     }
   }
+  for (int64_t j = 0; j < columns; ++j) {
+    std::memset(static_cast<void*>(to + j * ld_to + rows), 0, (ld_to - rows) * sizeof(T));
+  }
 }
 
-// A row stride for an A operand of `columns` columns whose rows do not all fall into the same few sets of a cache.
-inline int64_t spread(int64_t columns) { return columns % 256 == 0 ? columns + 32 : columns; }
+// The depth of a product over a head's dimensions: padded for the pairs of 16-bit T, and for AMX.
+template <typename T>
+inline int64_t depth_of(int64_t head_dim) {
+  return kPair<T> == 2 ? std::max<int64_t>(32, round_up(head_dim, 2)) : head_dim;
+}
+
+// A row stride for the transpose of a head's rows, so that its rows do not all fall into the same few sets of a cache.
+inline int64_t stride_of(int64_t tokens) {
+  const int64_t columns = round_up(tokens, 32);
+  return columns % 256 == 0 ? columns + 32 : columns;
+}
 
 }  // namespace ffvt

@@ -25,12 +25,12 @@ template <>
 inline constexpr std::array<float, 7> kExp2Coefficients<6> = {
     1.000000001f, 0.6931472057f, 0.2402264689f, 0.05550328777f, 0.009618488957f, 0.001339993122f, 0.00015345812f};
 
-// 2^y for y <= 0, -inf included; zero where that is below the smallest normal number. NaN stays NaN.
+// 2^y for y <= 0, -inf included; zero for y < -127, and with AVX-512 where that is no normal number. NaN stays NaN.
 template <int degree>
 inline Vec exp2_of_negative(Vec y) {
   constexpr auto& coefficients = kExp2Coefficients<degree>;
 #if !defined(CPU_CAPABILITY_AVX512)
-  y = at::vec::clamp_min(y, Vec(-127.0f));
+  y = at::vec::clamp_max(at::vec::clamp_min(y, Vec(-127.0f)), Vec(0.0f));
 #endif
   const Vec whole = y.round(), r = y - whole;
   Vec power = Vec(coefficients[degree]);

@@ -334,10 +334,8 @@ def test_a_packed_tensor_without_three_parts_is_named():
         ffvt.maws_attention_qkvpacked(torch.zeros(2, 9, 2, 2, 8), 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("triton", "dtype must be fp16, bf16 or fp32"), ("cpp", "dtype must be fp16, bf16 or fp32")]
-)
-def test_a_forced_backend_never_falls_back(name, reason):
+@pytest.mark.parametrize("name", ["triton", "cpp"])
+def test_a_forced_backend_never_falls_back(name):
     q, k, v = heads((1, 5, 1, 4), torch.float64)
     calls = {
         "maws_attention": lambda: ffvt.maws_attention(q, k, v, 1),
@@ -346,7 +344,7 @@ def test_a_forced_backend_never_falls_back(name, reason):
         "gather_tokens": lambda: ffvt.gather_tokens(q.flatten(2), torch.zeros(1, 1, dtype=torch.int64)),
     }
     for operator, call in calls.items():
-        message = f"^{operator}: backend '{name}' cannot serve this call: .*{reason}"
+        message = f"^{operator}: backend '{name}' cannot serve this call: .*dtype must be fp16, bf16 or fp32"
         with ffvt.use_backend(name), pytest.raises(NotImplementedError, match=message):
             call()
     with pytest.raises(ValueError, match="got name='cuda'"):

@@ -1,8 +1,9 @@
 """Which backend serves a call: the table of backends, the forced choice, and the reasons.
 
 A backend is a module with the functions `<operator>_forward` / `<operator>_backward`, `missing() -> reasons` (why it
-can serve nothing on this machine) and `unsupported(operator, *tensors) -> reasons` (why not this call). The automatic
-choice goes by device and may change speed, never results. A forced backend (`use_backend`) never falls back.
+can serve nothing on this machine) and `unsupported(operator, *tensors) -> reasons` (why not this call); it may have
+`slower() -> reasons` (why not here unless it is forced). The automatic choice goes by device and may change speed,
+never results. A forced backend (`use_backend`) never falls back.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def resolve(operator: str, backend: str, *tensors: Tensor) -> ModuleType:
         return importlib.import_module(_MODULES[backend])
     passed_over = []
     for name in _PREFERENCE.get(device, _DEFAULT_PREFERENCE):
-        reasons = _reasons(name, operator, tensors)
+        reasons = _reasons(name, operator, tensors) or _slower(name)
         if not reasons:
             _announce(operator, device, name, passed_over)
             return importlib.import_module(_MODULES[name])
@@ -104,6 +105,12 @@ def _missing(backend: str) -> list[str]:
     return _load_reasons(backend) or importlib.import_module(_MODULES[backend]).missing()
 
 
+def _slower(backend: str) -> list[str]:
+    """Why the automatic choice passes over a backend that could serve."""
+    reasons = getattr(importlib.import_module(_MODULES[backend]), "slower", None)
+    return reasons() if reasons else []
+
+
 def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> None:
     if (operator, device, name) not in _announced:
         _announced.add((operator, device, name))
@@ -116,7 +123,10 @@ def extension_info() -> dict[str, Any]:
         from ffvt import _C
     except ImportError as error:
         return {"available": False, "reason": str(error)}
-    return {"available": True, **_C.build_info(), **_C.cpu_info()}
+    from ffvt.kernels import cpp_path
+
+    kernels = {} if cpp_path.missing() else cpp_path.facts()
+    return {"available": True, **_C.build_info(), **_C.cpu_info(), **kernels}
 
 
 def info() -> dict[str, Any]:
@@ -125,8 +135,8 @@ def info() -> dict[str, Any]:
     Returns:
         A plain dict: versions (`ffvt`, `torch`, `triton`), `cpu_capability` and `gpu` as PyTorch sees them, `devices`
         (name -> the backend serving it, and why the preferred ones do not), `backends` (name -> "available" or the
-        reason), `extension` (build and CPU facts of `ffvt._C`, or why it is missing), `forced` (the name forced by
-        `use_backend`, or None).
+        reason), `extension` (build, CPU and the kernels' capability, or why it is missing), `forced` (the name forced
+        by `use_backend`, or None).
     """
     from ffvt.version import __version__
 
@@ -136,10 +146,10 @@ def info() -> dict[str, Any]:
         if device == "cuda" and not torch.cuda.is_available():
             devices[device] = {"serves": None, "why": "torch.cuda.is_available() is False"}
             continue
-        names = _PREFERENCE[device]
-        serving = next(name for name in names if backends[name] == "available")
-        missing = [f"{name}: {backends[name]}" for name in names[: names.index(serving)]]
-        devices[device] = {"serves": serving, "why": "; ".join(missing) or "preferred"}
+        passed_over = {name: _missing(name) or _slower(name) for name in _PREFERENCE[device]}
+        serving = next(name for name, reasons in passed_over.items() if not reasons)
+        why = [f"{name}: {'; '.join(reasons)}" for name, reasons in passed_over.items() if reasons]
+        devices[device] = {"serves": serving, "why": "; ".join(why) or "preferred"}
     return {
         "ffvt": __version__,
         "torch": torch.__version__,

@@ -19,7 +19,7 @@ from ffvt.kernels.reference import check_index_range
 
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "default")  # each includes those behind it
 VARIABLE = "FFVT_CPU_CAPABILITY"
-_OF_PYTORCH = {"AVX512": "avx512_bf16", "AVX2": "avx2"}  # the most of ours that a capability of PyTorch's stands for
+_OF_PYTORCH = {"AVX512": "avx512_bf16", "AVX2": "avx2"}  # how PyTorch's capability begins: the most of ours it allows
 
 
 @functools.cache
@@ -40,7 +40,8 @@ def missing() -> list[str]:
 def allowed() -> tuple[str, ...]:
     """The capabilities of this CPU that PyTorch is allowed to use, best first."""
     cpu = _C.cpu_info()
-    pytorch = _OF_PYTORCH.get(torch.backends.cpu.get_cpu_capability(), "default")
+    capability = torch.backends.cpu.get_cpu_capability()
+    pytorch = next((ours for prefix, ours in _OF_PYTORCH.items() if capability.startswith(prefix)), "default")
     best = CAPABILITIES[CAPABILITIES.index(pytorch) :]
     return tuple(name for name in best if name == "default" or cpu[name])
 
@@ -59,6 +60,13 @@ def kernels() -> ModuleType:
         except ImportError as error:
             errors.append(str(error))
     raise ImportError("; ".join(errors))
+
+
+def slower() -> list[str]:
+    """Reasons why the automatic choice passes this backend over, although it could serve."""
+    if kernels().__name__.endswith("_default"):
+        return ["PyTorch's own kernels are faster than the portable ones"]
+    return []
 
 
 def facts() -> dict[str, str | bool]:
@@ -111,4 +119,5 @@ def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum."""
+    check_index_range(index, num_tokens)
     return kernels().gather_tokens_backward(grad, index, num_tokens)

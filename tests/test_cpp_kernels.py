@@ -1,0 +1,169 @@
+"""The C++ kernels: every set of instructions, numbers of threads, hostile values, and how one is chosen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffvt
+from ffvt.kernels.backends import _missing
+from tests.helpers import heads, rms, truth
+
+ROOT = Path(__file__).parents[1]
+REASON = "; ".join(_missing("cpp"))
+pytestmark = pytest.mark.skipif(bool(REASON), reason=f"the C++ backend cannot serve: {REASON}")
+
+# What is forced: FFVT_CPU_CAPABILITY, PyTorch's ATEN_CPU_CAPABILITY, and the instructions of oneDNN's products.
+FORCED = {
+    "avx512_bf16": ("avx512", None),
+    "avx512": ("avx512", "AVX512_CORE"),
+    "avx2": ("avx2", "AVX2"),
+    "default": ("default", "SSE41"),
+}
+
+
+def forced(capability: str) -> dict[str, str]:
+    aten, onednn = FORCED[capability]
+    limits = {"ONEDNN_MAX_CPU_ISA": onednn} if onednn else {}
+    return {**os.environ, "FFVT_CPU_CAPABILITY": capability, "ATEN_CPU_CAPABILITY": aten, **limits}
+
+
+def run_python(code: str, env: dict[str, str]) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_best_capability_of_this_cpu_is_loaded():
+    from ffvt.kernels import cpp_path
+
+    if os.environ.get("FFVT_CPU_CAPABILITY") or os.environ.get("ATEN_CPU_CAPABILITY"):
+        pytest.skip("a capability is forced")
+    assert cpp_path.facts()["capability"] == cpp_path.allowed()[0]
+    assert cpp_path.facts()["multiplies_bf16"] == ffvt.info()["extension"]["avx512_bf16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", FORCED)
+def test_the_operators_tests_pass_with_each_capability_forced(capability):
+    from ffvt.kernels import cpp_path
+
+    if os.environ.get("FFVT_CPU_CAPABILITY"):
+        pytest.skip("a capability is forced already")
+    if capability not in cpp_path.allowed():
+        pytest.skip(f"this CPU has no {capability}")
+    shown = "import ffvt; print(ffvt.info()['extension']['capability'], ffvt.info()['devices']['cpu']['serves'])"
+    serving = "torch" if capability == "default" else "cpp"  # the portable kernels serve only where they are forced
+    assert run_python(shown, forced(capability)) == f"{capability} {serving}"
+    files = [f"tests/test_{name}.py" for name in ("maws_attention", "gather_tokens", "cpp_kernels")]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cpp and not slow", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env=forced(capability), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FFVT_CPU_CAPABILITY", "sse9", "must be one of avx512_bf16, avx512, avx2, default; got 'sse9'"),
+        ("ATEN_CPU_CAPABILITY", "default", "allows only default"),
+    ],
+)
+def test_a_capability_that_cannot_be_had_is_named(variable, value, message):
+    env = {**os.environ, "FFVT_CPU_CAPABILITY": "avx2", variable: value}
+    code = "import ffvt; info = ffvt.info(); print(info['backends']['cpp'], info['devices']['cpu']['serves'])"
+    shown = run_python(code, env)
+    assert message in shown
+    assert shown.endswith("torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_any_number_of_threads_gives_the_truth_again_and_again(threads, dtype):
+    """One head and 1,025 tokens: more threads than heads, so that a head is split, and its parts of dq are added."""
+    before = torch.get_num_threads()
+    q, k, v = heads((1, 1025, 1, 32), dtype)
+    grad_out = torch.randn(q.shape).to(dtype)
+    try:
+        torch.set_num_threads(threads)
+        with ffvt.use_backend("cpp"):
+            runs = [ffvt.maws_attention(q, k, v, 12) for _ in range(2)]
+            grads = [torch.autograd.grad(run[0], (q, k, v), grad_out) for run in runs]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = truth(*wide, 32**-0.5)[0]
+    share = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert rms(runs[0][0], expected) <= share * expected.square().mean().sqrt()
+    for mine, true in zip(grads[0], torch.autograd.grad(expected, wide, grad_out.double())):
+        assert rms(mine, true) <= share * true.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 31, 33, 65, 80, 127, 130, 200])
+@pytest.mark.parametrize("tokens", [1, 15, 33, 65, 257])
+def test_odd_shapes_agree_with_the_reference(tokens, head_dim, dtype):
+    inputs = [t.detach().requires_grad_() for t in heads((1, tokens, 2, head_dim), dtype)]
+    grad_out = torch.randn(inputs[0].shape).to(dtype)
+    found = {}
+    for backend in ("cpp", "reference"):
+        with ffvt.use_backend(backend):
+            out = ffvt.maws_attention(*inputs, 1)[0]
+            found[backend] = (out, *torch.autograd.grad(out, inputs, grad_out))
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(found["cpp"], found["reference"], **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_a_key_of_minus_infinity_leaves_the_others_their_finite_gradients(tokens, dtype):
+    q, k, v = (t.detach() for t in heads((1, tokens, 1, 8), dtype))
+    q.abs_()
+    k[0, 5] = -torch.inf
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    with ffvt.use_backend("cpp"):
+        out = ffvt.maws_attention(*inputs, 3)[0]
+        dq, dk, dv = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert out.isfinite().all()
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
+    assert dq.isnan().all()  # zero times infinity, as in the truth
+
+
+@pytest.mark.parametrize("scale", [1e9, -1e9, 1e30])
+def test_logits_of_any_size_give_the_value_of_the_largest(scale):
+    q, k, v = (t.detach() for t in heads((1, 300, 2, 16)))
+    with ffvt.use_backend("cpp"):
+        out = ffvt.maws_attention(q, k, v, 3, scale=scale)[0]
+    logits = scale * torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double())
+    best = logits.argmax(-1)  # (B, H, N)
+    expected = v.permute(0, 2, 1, 3).gather(2, best[..., None].expand(-1, -1, -1, 16)).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
+def test_bf16_is_widened_where_oneDNN_is_switched_off_and_only_there():
+    code = (
+        "import torch, ffvt\n"
+        "q = torch.randn(1, 70, 2, 32).bfloat16()\n"
+        "with ffvt.use_backend('cpp'):\n"
+        "    with torch.backends.mkldnn.flags(enabled=False):\n"
+        "        off = ffvt.maws_attention(q, q, q, 3)[0]\n"
+        "    on = ffvt.maws_attention(q, q, q, 3)[0]\n"
+        "torch.testing.assert_close(off, on, rtol=2e-2, atol=2e-2)\n"
+        "print(ffvt.info()['extension']['multiplies_bf16'])"
+    )
+    assert run_python(code, dict(os.environ)) == str(ffvt.info()["extension"]["multiplies_bf16"])
+
+
+def test_an_index_changed_before_the_backward_is_refused():
+    x = torch.randn(1, 4, 2, requires_grad=True)
+    index = torch.tensor([[1, 2]])
+    with ffvt.use_backend("cpp"):
+        tokens = ffvt.gather_tokens(x, index)
+        index.data[0, 0] = 10_000_000
+        with pytest.raises(IndexError, match="got index=10000000"):
+            tokens.sum().backward()
