@@ -205,10 +205,18 @@ def render_accuracies(records: Iterable[Record]) -> str:
 
 
 def render_error_ratios(records: Iterable[Record]) -> str:
-    """Markdown: a caption and a row per shape and dtype; the latest of each wins."""
+    """Markdown: per backend and device a caption and a row per shape and dtype; the latest of each wins."""
+    tables: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        tables.setdefault((record["backend"], record["environment"]["device"]), []).append(record)
+    return "\n\n".join(_error_table(table, *key) for key, table in tables.items())
+
+
+def _error_table(records: Iterable[Record], backend: str, device: str) -> str:
     latest = {(tuple(record["shape"]), record["dtype"]): record for record in records}
     where = list(latest.values())[-1]["environment"]
-    on = where["device_name"] if where["device"] == "cuda" else "Triton's interpreter"
+    interpreted = backend == "triton" and device == "cpu"
+    on = "Triton's interpreter" if interpreted else f"The {backend} backend on {where['device_name']}"
     lines = [
         f"**{on}, torch {where['torch']}, Triton {where['triton']}, commit {where['commit']}.** Picks: equal to the "
         "truth's wherever the scores are further apart than rounding.",

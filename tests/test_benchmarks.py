@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import ffvt
-from benchmarks import accuracy, bench_model, report
+from benchmarks import accuracy, bench_maws_attention, bench_model, bench_selection, report
 from benchmarks.authors_eager import AuthorsEagerFFVT
 from benchmarks.harness import (
     Case,
@@ -320,7 +320,39 @@ def test_error_ratios_are_measured_against_the_bar_and_rendered():
     assert not accuracy.passes({**found, "picks_equal": False})
     environment = {"device": "cpu", "torch": "2", "triton": "3", "commit": "abc"}
     record = {"benchmark": "accuracy", "environment": environment, "shape": [1, 17, 2, 32], "dtype": "fp32", **found}
-    assert report.render_error_ratios([record]).splitlines()[-1].startswith("| 1, 17, 2, 32 | fp32 | ")
+    other = {**record, "backend": "cpp", "environment": {**environment, "device_name": "a CPU"}}
+    text = report.render_error_ratios([{**record, "backend": "triton"}, other])
+    assert text.splitlines()[-1].startswith("| 1, 17, 2, 32 | fp32 | ")
+    assert text.count("Triton's interpreter") == text.count("The cpp backend on a CPU") == 1
+
+
+def test_the_attention_benchmark_writes_every_mode_and_rival_and_its_gate_can_fail(tmp_path, monkeypatch):
+    out = tmp_path / "maws_attention.jsonl"
+    threads = str(torch.get_num_threads())
+    arguments = ["--quick", "--rounds", "2", "--threads", threads, "--out", str(out), "--dtypes", "fp32", "bf16"]
+    bench_maws_attention.main(arguments)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    rivals = [name for name in bench_maws_attention.RIVALS if name != report.COMPILED]
+    modes = bench_maws_attention.MODES
+    assert [(r["dtype"], r["mode"], r["case"]) for r in records] == [
+        (dtype, mode, name) for dtype in ("fp32", "bf16") for mode in modes for name in rivals
+    ]
+    assert all(record["gflops"] > 0 and record["matmul_gflops"] > 0 for record in records)
+    rows = report.render_attention(records).splitlines()[-2:]
+    assert rows[0].startswith("| fp32 | 1, 37, 16 | ")
+    assert rows[1].startswith("| bf16 | 1, 37, 16 | ")
+    monkeypatch.setitem(bench_maws_attention.RIVALS, "SDPA alone", lambda qkv, k: (1.01 * qkv[:, :, 2], None))
+    with pytest.raises(DisagreementError, match="out of SDPA alone"):
+        bench_maws_attention.main(arguments)
+
+
+def test_the_selection_benchmark_writes_every_operator_and_rival(tmp_path):
+    out = tmp_path / "selection.jsonl"
+    sizes = ["--tokens", "37", "--heads", "2", "--head_dim", "16", "--rounds", "1", "--dtypes", "fp32"]
+    bench_selection.main([*sizes, "--threads", str(torch.get_num_threads()), "--out", str(out)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    operators = ("maws_select", "gather_tokens", "its gradient")
+    assert [(r["mode"], r["case"]) for r in records] == [(o, c) for o in operators for c in bench_selection.BACKENDS]
 
 
 def test_what_is_not_timed_runs_before_every_sample():
