@@ -116,6 +116,7 @@ def matmul_peak(dtype: str, device: str) -> float:
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per shape, mode and rival."""
     torch.set_num_threads(arguments.threads)
+    torch._functorch.config.donated_buffer = False  # a compiled rival's graph is kept, to time its backward alone
     common = {
         "benchmark": "maws_attention",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
