@@ -2,8 +2,8 @@
 //
 // What: out = softmax(scale q kT) v, lse, index, score for every image.
 // How: FlashAttention's forward, on transposed tiles: logits of a block of keys (down) by 64 queries (across), so that
-//   maximum, sum and rescaling go across vectors without a reduction, the keys are read as they lie in memory, and each
-//   tile and block costs two large products. Row and column are what a tile holds of key 0 and query 0.
+//   maximum, sum and rescaling go lane by lane without a reduction, the keys stay rows, and each tile and block costs
+//   two large products. Row and column are what a tile holds of key 0 and query 0.
 // Memory: per thread one head of k and of vT in the type of the products, and one tile; two lines (B, H, N) fp32.
 // Parallel: over (image, head, tile of queries), in one order; a thread packs a head when it comes to it.
 // Limits: fp16, bf16, fp32; unit last stride.
