@@ -204,7 +204,8 @@ def run_accuracy(report: Report) -> None:
     dtypes = ("fp32", "fp16") if report.device == "cpu" else ("fp32", "fp16", "bf16")
     for shape in shapes:
         for dtype in dtypes if report.has_time(f"accuracy {shape}") else ():
-            found = {"shape": shape, "dtype": dtype, **accuracy.compare(shape, dtype, "triton", report.device)}
+            ratios = accuracy.compare(shape, dtype, "triton", report.device)
+            found = {"backend": "triton", "shape": shape, "dtype": dtype, **ratios}
             report.add("accuracy", **found)
             if not accuracy.passes(found):
                 report.failures.append(f"accuracy: {found}")
