@@ -5,8 +5,7 @@
 //   from lse, transposed (keys down, queries across) as in the forward, so that five products need no transposed copy
 //   of a tile: keys x queries, values x grad_out, then p grad_out -> dv, dlogits q -> dk and kT dlogits -> dqT.
 // Memory: per thread one head of q, k, v and grad_out in the layouts of the products, dqT of the head in fp32, two
-// tiles
-//   and two blocks of sums. Where a head is split, dqT of every part.
+//   tiles, and the sums of two blocks. Where heads are split, dqT of every part.
 // Parallel: over heads, and over parts of their blocks where threads would be idle; parts of dq are added in one order,
 //   so the result depends on the number of threads but not on their timing.
 // Limits: as maws_attention.
