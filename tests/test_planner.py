@@ -1,0 +1,164 @@
+"""The planner: the largest batch, the rate, the sizes it reads, and its command line."""
+
+import argparse
+import json
+import time
+
+import pytest
+import torch
+
+from ffvt.model.config import make_config
+from ffvt.model.cost import flops_per_image, training_memory
+from ffvt.train.planner import (
+    EFFICIENCY,
+    USABLE,
+    add_flags,
+    free_memory,
+    measure_matmul_flops,
+    parse_bytes,
+    plan,
+    run,
+)
+
+CPU = torch.device("cpu")
+GIB = 2**30
+RATE = 1e12
+
+
+@pytest.mark.parametrize("gib", [2, 8, 24])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fusion", [True, False])
+def test_the_largest_batch_fits_and_one_more_does_not(gib, precision, fusion):
+    config = make_config("ViT-B_16", feature_fusion=fusion)
+    found = plan(config, gib * GIB, RATE, precision=precision)
+    assert found.memory == training_memory(config, found.batch_size, precision=precision)
+    assert found.memory.total <= USABLE * gib * GIB
+    assert training_memory(config, found.batch_size + 1, precision=precision).total > USABLE * gib * GIB
+
+
+def test_the_batch_is_larger_with_more_memory_and_with_what_saves_memory():
+    config = make_config("ViT-B_16")
+    batches = [plan(config, gib * GIB, RATE).batch_size for gib in (2, 4, 8, 16, 24, 80)]
+    assert batches == sorted(set(batches))
+    base = plan(config, 24 * GIB, RATE).batch_size
+    assert plan(config, 24 * GIB, RATE, precision="bf16").batch_size > base
+    saving = make_config("ViT-B_16", gradient_checkpointing=True)
+    assert plan(saving, 24 * GIB, RATE).batch_size > 3 * base
+    assert plan(config, 24 * GIB, RATE, optimizer="adamw", ema=True).batch_size < base
+
+
+def test_images_per_second_are_the_share_of_the_matmul_rate():
+    config = make_config("ViT-B_16")
+    flops = flops_per_image(config, training=True, recomputation=True)
+    assert plan(config, 24 * GIB, RATE, efficiency=0.5).images_per_second == pytest.approx(0.5 * RATE / flops)
+    assert plan(config, 24 * GIB, RATE).efficiency == EFFICIENCY[True]
+    saving = plan(make_config("ViT-B_16", gradient_checkpointing=True), 24 * GIB, RATE)
+    slower = saving.images_per_second / plan(config, 24 * GIB, RATE).images_per_second
+    assert 0.74 < slower < 0.77  # the forward is computed again
+
+
+def test_the_default_share_gives_the_step_time_of_the_benchmark():
+    """benchmarks/results/model.jsonl, bf16, batch 4, beside 419.5 GFLOP/s of matmul."""
+    for fusion, seconds in ((True, 5.626), (False, 7.770)):
+        found = plan(make_config("ViT-B_16", feature_fusion=fusion), 24 * GIB, 419.5e9)
+        assert 4 / found.images_per_second == pytest.approx(seconds, rel=0.01)
+
+
+def test_a_memory_that_holds_no_image_is_refused_with_what_helps():
+    message = r"must hold one image, 1\.\d\d GiB; got 0\.45 GiB usable.*[Gg]radient checkpointing.*smaller.*fsdp"
+    with pytest.raises(ValueError, match=message):
+        plan(make_config("ViT-B_16"), GIB // 2, RATE)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("memory_bytes", 0), ("matmul_flops", -1.0), ("efficiency", 0.0), ("efficiency", 1.5)]
+)
+def test_bad_arguments_are_named(argument, value):
+    arguments = {"memory_bytes": 24 * GIB, "matmul_flops": RATE, argument: value}
+    with pytest.raises(ValueError, match=f"^plan: {argument} must be .*; got {argument}={value}"):
+        plan(make_config("ViT-B_16"), **arguments)
+
+
+def test_sizes_are_read_as_written():
+    sizes = {"24GiB": 24 * GIB, "24 GB": 24 * 10**9, "1.5mib": 3 * 2**19, "3MB": 3 * 10**6, "512": 512}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24XB", "-1GiB", "0GiB", "nan", "1e3"])
+def test_other_sizes_are_refused_and_named(text):
+    with pytest.raises(ValueError, match=f"memory must be a size .*; got memory='{text}'"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_measuring_is_quick_on_every_type_and_leaves_random_numbers_alone(dtype):
+    before, started = torch.get_rng_state(), time.perf_counter()
+    assert 1e7 < measure_matmul_flops(CPU, dtype) < 1e15
+    assert time.perf_counter() - started < 10  # one side of 1024 takes 2 s in fp16 on some CPUs
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_free_memory_is_what_the_system_tells():
+    assert 2**28 < free_memory(CPU) < 2**50
+
+
+def planned(*flags):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return run(parser.parse_args(["--model_type", "vit_s16", "--img_size", "224", "--tflops", "0.2", *flags]))
+
+
+def test_the_command_prints_the_plan_of_both_models(capsys):
+    assert planned("--memory", "8GiB", "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    config = make_config("vit_s16", image_size=224)
+    batches = [
+        plan(make_config("vit_s16", image_size=224, feature_fusion=fusion), 8 * GIB, RATE, precision="bf16").batch_size
+        for fusion in (True, False)
+    ]
+    assert f"largest batch{batches[0]:>35}{batches[1]:>12}" in shown
+    assert "0.2 TFLOP/s of matmul (given)" in shown
+    assert "not measured on a GPU yet" in shown
+    assert f"{flops_per_image(config, training=True, recomputation=True) / 1e9:.0f}" in shown
+
+
+def test_the_command_prints_json(capsys):
+    assert planned("--memory", "8GiB", "--json", "--efficiency", "0.5", "--device", "cpu") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ffvt"]["batch_size"] > shown["plain_vit"]["batch_size"] > 1
+    assert shown["ffvt"]["memory"]["activations"] > 2**30
+    assert shown["plain_vit"]["efficiency"] == 0.5
+
+
+def test_the_command_plans_ffvt_where_the_plain_model_does_not_fit(capsys):
+    ffvt, plain = (
+        training_memory(make_config("vit_s16", feature_fusion=fusion), 1, precision="bf16").total
+        for fusion in (True, False)
+    )
+    assert ffvt < 0.99 * plain
+    between = str(int((ffvt + plain) / 2 / USABLE))
+    assert planned("--img_size", "448", "--memory", between, "--json", "--device", "cpu") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ffvt"]["batch_size"] == 1
+    assert shown["plain_vit"] is None
+    assert planned("--img_size", "448", "--memory", between, "--device", "cpu") == 0
+    assert f"largest batch{'1':>35}{'-':>12}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize(("flags", "named"), [([], "memory"), (["--memory", "24GiB", "--tflops", "nan"], "tflops")])
+def test_a_gpu_that_is_not_here_must_be_described(flags, named):
+    with pytest.raises(ValueError, match=f"plan: {named} must be"):
+        planned("--device", "cuda", *flags)
+
+
+def test_a_gpu_that_is_not_here_can_be_planned_for(capsys):
+    assert planned("--device", "cuda", "--memory", "24GiB", "--json") == 0
+    on_cuda = json.loads(capsys.readouterr().out)["ffvt"]["batch_size"]
+    assert planned("--device", "cpu", "--memory", "24GiB", "--json") == 0
+    assert on_cuda > json.loads(capsys.readouterr().out)["ffvt"]["batch_size"]  # dropout's masks are smaller there
+
+
+def test_the_hybrid_is_refused_by_name():
+    with pytest.raises(ValueError, match="model_type must be .*got model_type='r50_vit_b16'"):
+        planned("--model_type", "r50_vit_b16", "--memory", "24GiB", "--device", "cpu")
