@@ -1,4 +1,4 @@
-"""The command line: `ffvt demo | train | evaluate | predict | visualize | info`."""
+"""The command line: `ffvt demo | train | evaluate | predict | visualize | plot | plan | doctor | info`."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from ffvt.data.datasets import EvaluationView, open_split
+    from ffvt.data.datasets import open_split, recipe_of
+    from ffvt.data.sampling import EvaluationView
     from ffvt.train.checkpoint import load_checkpoint
     from ffvt.train.distributed import join_world
     from ffvt.train.evaluate import evaluate as run
 
     checkpoint = load_checkpoint(arguments.checkpoint)
-    options = checkpoint.facts["options"]
-    image_size = checkpoint.model.config.image_size
+    options, config = checkpoint.facts["options"], checkpoint.model.config
     dataset = arguments.dataset or options["dataset"]
-    root = arguments.data_root or options["data_root"]
     classes = checkpoint.facts["classes"]
     images = open_split(
         dataset,
         arguments.split,
-        image_size,
+        config.image_size,
         checkpoint.facts["resize_size"],
-        root,
+        arguments.data_root or options["data_root"],
         options["preset"],
         options["seed"],
         classes,
+        arguments.cache_dir,
     )
     if list(images.classes) != classes:
         raise ValueError(f"{dataset} must have the classes of the checkpoint; got {list(images.classes)[:3]} and so on")
     with join_world(arguments.device) as world:
-        view = EvaluationView(images, image_size)
-        score = run(
-            checkpoint.model.to(world.device), view, world, arguments.batch_size, arguments.precision, arguments.workers
-        )
+        recipe = recipe_of(options["dataset"])
+        view = EvaluationView(images, config.image_size, recipe, config.grid_size, arguments.skip_bad_images)
+        model = checkpoint.model.to(world.device)
+        score = run(model, view, world, arguments.batch_size, arguments.precision, arguments.workers)
         if world.is_main:
-            print(json.dumps(asdict(score)))
+            shown = score.summary()
+            if arguments.per_class:
+                counts = zip(classes, score.per_class)
+                shown["per_class"] = {name: {"right": right, "count": count} for name, (right, count) in counts}
+            print(json.dumps(shown))
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    checkpoint, images = _load_for(arguments)
     import torch
 
-    from ffvt.data.transforms import normalize
-
-    for path, image in zip(arguments.images, images):
+    checkpoint, _, pixels = _load_for(arguments)
+    for path, image in zip(arguments.images, pixels):
         with torch.inference_mode():
-            probabilities = checkpoint.model(normalize(image[None]))[0].softmax(-1)
+            probabilities = checkpoint.model(image[None])[0].softmax(-1)
         best = probabilities.topk(min(arguments.top, len(probabilities)))
         print(path)
         for probability, label in zip(best.values.tolist(), best.indices.tolist()):
@@ -70,15 +70,14 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def visualize(arguments: argparse.Namespace) -> None:
-    checkpoint, images = _load_for(arguments)
     import torch
 
-    from ffvt.data.transforms import normalize
     from ffvt.report.page import png
     from ffvt.report.pictures import selection_grid
 
+    checkpoint, images, pixels = _load_for(arguments)
     with torch.inference_mode():
-        logits, selection = checkpoint.model.forward_with_selection(normalize(torch.stack(images)))
+        logits, selection = checkpoint.model.forward_with_selection(pixels)
     names = [checkpoint.facts["classes"][label] for label in logits.argmax(1).tolist()]
     config = checkpoint.model.config
     patch = config.image_size // config.grid_size
@@ -88,14 +87,19 @@ def visualize(arguments: argparse.Namespace) -> None:
 
 
 def _load_for(arguments: argparse.Namespace) -> tuple:
-    """The checkpoint in evaluation mode, and the pictures named on the command line as it wants them."""
-    from ffvt.data.transforms import center_crop, load_image
+    """The checkpoint in evaluation mode; the pictures of the command line, uint8 (3, S, S) each; the model's input."""
+    import torch
+
+    from ffvt.data.datasets import recipe_of
+    from ffvt.data.transforms import evaluation_view, load_image, normalize
     from ffvt.train.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     checkpoint.model.eval()
-    size, resize = checkpoint.model.config.image_size, checkpoint.facts["resize_size"]
-    return checkpoint, [center_crop(load_image(path, resize), size) for path in arguments.images]
+    recipe, size = recipe_of(checkpoint.facts["options"]["dataset"]), checkpoint.model.config.image_size
+    resize = checkpoint.facts["resize_size"]
+    images = [evaluation_view(load_image(path, resize), size, recipe) for path in arguments.images]
+    return checkpoint, images, normalize(torch.stack(images), recipe)
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -104,8 +108,28 @@ def info(arguments: argparse.Namespace) -> None:
     print(json.dumps(ffvt.info(), indent=2))
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    from ffvt.data.doctor import run
+
+    return run(arguments)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from ffvt.train.planner import run
+
+    return run(arguments)
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    from ffvt.report.comparison import run
+
+    run(arguments)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All commands but `train`, whose flags are `ffvt.train`'s own."""
+    from ffvt.train.planner import add_flags as add_plan_flags
+
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -126,6 +150,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     command.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
+    command.add_argument("--cache_dir", default="", help="folder of decoded pictures (default: none)")
+    command.add_argument("--skip_bad_images", action="store_true", help="leave out pictures that cannot be read")
+    command.add_argument("--per_class", action="store_true", help="show how many are right of every class")
     command = add(predict, "classify pictures: the most probable classes of each")
     command.add_argument("--checkpoint", required=True, help="folder written by training: .../best or .../last")
     command.add_argument(
@@ -136,6 +163,16 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", required=True, help="folder written by training: .../best or .../last")
     command.add_argument("--output", default="selection.png", help="PNG to write (default: selection.png)")
     command.add_argument("images", nargs="+", metavar="IMAGE")
+    command = add(plot, "compare training runs in one picture")
+    command.add_argument("--output", default="comparison.png", help="PNG to write (default: comparison.png)")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    add_plan_flags(add(plan, "predict the largest batch and the images per second of training"))
+    command = add(doctor, "check a data set on disk: layout, counts, pictures, duplicates, leaks")
+    command.add_argument("--dataset", required=True, help="name of the data set, as in training")
+    command.add_argument("--data_root", default="./data", help="folder of the data set (default: ./data)")
+    command.add_argument("--extract", metavar="ARCHIVE", help="first unpack this archive into data_root")
+    command.add_argument("--threads", type=int, default=0, help="threads that read pictures (default: one per CPU)")
+    command.add_argument("--json", action="store_true", help="print JSON")
     add(info, "what serves each device, and why something is missing")
     return parser
 
@@ -152,11 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        parsed.run(parsed)
+        return parsed.run(parsed) or 0
     except USAGE_ERRORS as error:
         print(f"{PROGRAM} {parsed.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

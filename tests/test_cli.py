@@ -41,6 +41,28 @@ def test_evaluate_repeats_what_training_found(run, capsys):
     assert score["loss"] == pytest.approx(ended["last"]["loss"], rel=1e-5)
 
 
+def test_evaluate_counts_every_class_where_asked(run, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(run / "run" / "best"), "--per_class"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert list(score["per_class"]) == ["crow", "jay", "kite", "owl", "tit", "wren"]
+    assert {found["count"] for found in score["per_class"].values()} == {3}
+    assert sum(found["right"] for found in score["per_class"].values()) == round(score["top1"] * 18)
+
+
+def test_a_plan_names_its_parts_and_its_assumptions(capsys):
+    assert (
+        main(["plan", "--model_type", "ViT-B_16", "--img_size", "448", "--num_token", "12", "--memory", "24GiB"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "largest batch" in said
+    assert "plain ViT" in said
+    assert "TFLOP/s of matmul (measured here)" in said
+    assert main(["plan", "--memory", "24GiB", "--tflops", "600", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert plans["ffvt"]["batch_size"] > plans["plain_vit"]["batch_size"]
+
+
 def test_predict_gives_five_classes_in_order_for_every_picture(run, capsys):
     pictures = [str(run / "photos" / "test" / name / "0.jpg") for name in ("owl", "jay")]
     assert main(["predict", "--checkpoint", str(run / "run" / "last"), *pictures]) == 0
@@ -76,7 +98,12 @@ def test_visualize_draws_a_row_per_picture(run, tmp_path):
         (["train", "--dataset", "partbirds", "--img_size", "64", "--output_dir", "RUN/log.jsonl"], "log.jsonl"),
         (["evaluate", "--checkpoint", "RUN", "--split", "val"], "val"),
         (["train", "--dataset", "imagefolder", "--data_root", "nowhere"], "nowhere/train"),
-        (["train", "--dataset", "CUB"], "'CUB' has no reader in this version"),
+        (["train", "--dataset", "CUB"], "CUB: data_root must hold train_test_split.txt, from https://"),
+        (["train", "--resume", "nowhere", "--dataset", "partbirds", "--img_size", "64"], "got resume='nowhere'"),
+        (["train", "--fsdp", "--dataset", "partbirds", "--img_size", "64"], "fsdp needs torchrun"),
+        (["plot", "nowhere"], "a run must have a log.jsonl; got 'nowhere'"),
+        (["plan", "--memory", "a lot"], "got memory='a lot'"),
+        (["doctor", "--dataset", "partbirds"], "drawn from a seed"),
     ],
 )
 def test_bad_input_ends_with_status_one_and_one_line(run, arguments, message, capsys):
@@ -96,7 +123,7 @@ def test_info_is_json_and_says_what_serves():
 
 
 def test_every_command_has_help(capsys):
-    for command in ("demo", "train", "evaluate", "predict", "visualize", "info"):
+    for command in ("demo", "train", "evaluate", "predict", "visualize", "plot", "plan", "doctor", "info"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

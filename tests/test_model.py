@@ -81,7 +81,7 @@ def test_thirty_training_steps_follow_the_authors_losses_and_rates(prune_dead_ro
     import numpy as np
 
     model, _, arrays = load_golden("tiny_fusion", prune_dead_rows=prune_dead_rows)
-    optimizer = make_optimizer("sgd", model.parameters(), 0.03, 0.0)
+    optimizer = make_optimizer("sgd", model, 0.03, 0.0)
     scheduler = make_scheduler(optimizer, "cosine", 5, 30)
     draw = np.random.default_rng(1)
     losses, rates = [], []

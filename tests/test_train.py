@@ -7,14 +7,17 @@ import sys
 import pytest
 import torch
 
-from ffvt.data.datasets import EvaluationView, open_split
-from ffvt.data.transforms import normalize
-from ffvt.train.checkpoint import load_checkpoint, save_checkpoint
+from ffvt.data.datasets import open_split
+from ffvt.data.sampling import EvaluationView
+from ffvt.data.transforms import PLAIN, normalize
+from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
-from ffvt.train.engine import build_model, make_scaler, train, training_step
+from ffvt.train.engine import train
 from ffvt.train.evaluate import evaluate
 from ffvt.train.optim import make_optimizer, make_scheduler
 from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.state import TrainState, build_model
+from ffvt.train.step import training_step
 from tests.helpers import tiny_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -94,11 +97,13 @@ def test_bad_options_end_with_a_usage_message(arguments, message, capsys):
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_rates_warm_up_from_zero_and_end_at_zero(decay):
-    optimizer = make_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], 2.0, 0.0)
+    optimizer = make_optimizer("sgd", torch.nn.Linear(1, 1), 2.0, 0.0)
     scheduler = make_scheduler(optimizer, decay, 4, 12)
     rates = []
-    for _ in range(13):
+    for step in range(13):
         rates.append(scheduler.get_last_lr()[0])
+        resumed = make_scheduler(make_optimizer("sgd", torch.nn.Linear(1, 1), 2.0, 0.0), decay, 4, 12, done=step)
+        assert resumed.get_last_lr() == scheduler.get_last_lr()
         optimizer.step()
         scheduler.step()
     assert rates[:5] == [0.0, 0.5, 1.0, 1.5, 2.0]
@@ -107,57 +112,70 @@ def test_rates_warm_up_from_zero_and_end_at_zero(decay):
     with pytest.raises(ValueError, match="got decay_type='step'"):
         make_scheduler(optimizer, "step", 1, 2)
     with pytest.raises(ValueError, match="got optimizer='lamb'"):
-        make_optimizer("lamb", [], 1.0, 0.0)
+        make_optimizer("lamb", torch.nn.Linear(1, 1), 1.0, 0.0)
 
 
 def test_adamw_decays_matrices_only():
     model = tiny_model()
-    decayed, plain = make_optimizer("adamw", model.parameters(), 1e-3, 0.05).param_groups
+    groups = make_optimizer("adamw", model, 1e-3, 0.05).param_groups
+    decayed, plain = sorted(groups, key=lambda group: -group["weight_decay"])
     assert decayed["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0.0
     assert all(p.ndim == 1 for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert all(group["weight_decay"] == 0.05 for group in make_optimizer("sgd", model, 1e-3, 0.05).param_groups)
 
 
-def one_step(head_std=0.0, **changes):
-    """loss, gradient norm, model, scheduler, scaler, images of one SGD step at rate 0.1 on 8 random images."""
-    options = TrainOptions(**{**SMALL, **changes})
-    torch.manual_seed(0)
-    model = build_model(options, 9)
-    torch.nn.init.normal_(model.head.weight, std=head_std)
+def test_layer_decay_lowers_the_rate_block_by_block():
+    model = tiny_model()  # 3 selecting blocks and the last one
+    rates = {}
+    for group in make_optimizer("adamw", model, 1.0, 0.05, layer_decay=0.5).param_groups:
+        rates |= dict.fromkeys(group["params"], group["lr"])
+    names = {name: rates[parameter] for name, parameter in model.named_parameters()}
+    assert names["head.weight"] == names["norm.bias"] == 1.0
+    assert names["last_block.mlp.fc1.weight"] == 0.5
+    assert [names[f"blocks.{i}.attn.qkv.weight"] for i in range(3)] == [1 / 16, 1 / 8, 1 / 4]
+    assert names["patch_embed.proj.weight"] == names["cls_token"] == names["pos_embed"] == 1 / 32
+
+
+def one_step(head_std=0.0, poison=None, **changes):
+    """loss, gradient norm, state, images of one SGD step at rate 0.1 on 8 random images."""
+    options = {"learning_rate": 0.1, "warmup_steps": 0, "num_steps": 10, **changes}
+    state = TrainState(TrainOptions(**{**SMALL, **options}), ALONE, 9)
+    torch.nn.init.normal_(state.model.head.weight, std=head_std)
     torch.manual_seed(1)
-    optimizer = make_optimizer("sgd", model.parameters(), 0.1, 0.0)
-    scheduler = make_scheduler(optimizer, "cosine", 0, 10)
-    scaler = make_scaler(options, ALONE)
     images, labels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8)
-    loss, norm = training_step(model, optimizer, scheduler, scaler, images, labels, options, ALONE)
-    return loss, norm, model, scheduler, scaler, images
+    if poison:
+        state.model.head.bias.register_hook(lambda gradient: gradient * poison)
+    result = training_step(state, images, labels, None, PLAIN)
+    return result.loss, result.norm, state, images
 
 
 def test_accumulated_parts_make_the_step_of_the_whole_batch():
     whole, parts = one_step(), one_step(gradient_accumulation_steps=4)
     torch.testing.assert_close(whole[:2], parts[:2])
-    torch.testing.assert_close(list(whole[2].parameters()), list(parts[2].parameters()))
+    torch.testing.assert_close(list(whole[2].model.parameters()), list(parts[2].model.parameters()))
 
 
 def test_gradients_are_clipped_after_unscaling_and_labels_smoothed():
     plain, clipped = one_step(max_grad_norm=0.0), one_step(max_grad_norm=1e-3)
-    start = build_model_like(plain)
+    start = build_model_like()
     torch.testing.assert_close(plain[1], clipped[1])
-    moved = torch.cat([(a - b).flatten() for a, b in zip(clipped[2].parameters(), start.parameters())])
+    moved = torch.cat([(a - b).flatten() for a, b in zip(clipped[2].model.parameters(), start.parameters())])
     assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)  # learning rate times the clipped norm
     scaled = one_step(precision="fp16", loss_scale=2.0**12, max_grad_norm=1e-3)
     torch.testing.assert_close(scaled[1], plain[1], rtol=2e-2, atol=0)
     smoothed = one_step(smoothing_value=0.3, head_std=1.0)[0]
     assert smoothed.item() != pytest.approx(one_step(head_std=1.0)[0].item(), rel=1e-3)
-    logits = build_model_like(plain, head_std=1.0)(normalize(plain[5]))
+    logits = build_model_like(head_std=1.0)(normalize(plain[3]))
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(8), label_smoothing=0.3)
     torch.testing.assert_close(smoothed, expected.detach())
 
 
-def build_model_like(step, head_std=0.0):
-    torch.manual_seed(0)
+def build_model_like(head_std=0.0):
+    torch.manual_seed(TrainOptions.seed)
     model = build_model(TrainOptions(**SMALL), 9)
+    torch.manual_seed(TrainOptions.seed)
     torch.nn.init.normal_(model.head.weight, std=head_std)
     return model
 
@@ -166,16 +184,30 @@ def build_model_like(step, head_std=0.0):
 def test_low_precision_steps_stay_near_fp32(precision):
     low, full = one_step(precision=precision), one_step()
     torch.testing.assert_close(low[0], full[0], rtol=2e-2, atol=2e-2)
-    assert all(p.isfinite().all() for p in low[2].parameters())
+    assert all(p.isfinite().all() for p in low[2].model.parameters())
 
 
-def test_a_skipped_fp16_step_does_not_advance_the_schedule():
-    _, _, model, scheduler, scaler, _ = one_step(precision="fp16", loss_scale=2.0**60)  # the scaled gradients overflow
-    before = one_step(precision="fp16", num_steps=1)[2]
-    assert scheduler.last_epoch == 0
-    assert scaler.get_scale() == 2.0**59
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+@pytest.mark.parametrize(("precision", "poison"), [("fp16", None), ("fp32", float("nan")), ("bf16", float("inf"))])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(precision, poison):
+    scale = {"loss_scale": 2.0**60} if precision == "fp16" else {}  # the scaled gradients overflow
+    _, _, state, _ = one_step(precision=precision, poison=poison, ema_decay=0.9, **scale)
+    assert (state.step, state.samples, state.skipped, state.skipped_in_a_row) == (1, 8, 1, 1)
+    assert state.scheduler.last_epoch == 0
+    assert state.scaler.get_scale() == (2.0**59 if precision == "fp16" else 1.0)
+    start = build_model_like()
+    assert all(torch.equal(a, b) for a, b in zip(state.model.blocks.parameters(), start.blocks.parameters()))
+    assert int(state.ema.n_averaged) == 0
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated():
+    state = one_step(ema_decay=0.75, num_steps=5)[2]
+    first = [p.detach().clone() for p in state.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(state.evaluated.parameters(), first))  # of one step so far
+    training_step(state, torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8), None, PLAIN)
+    expected = [0.75 * a + 0.25 * b for a, b in zip(first, state.model.parameters())]
+    torch.testing.assert_close(list(state.evaluated.parameters()), expected)
+    assert not torch.equal(first[0], next(state.model.parameters()))
 
 
 def test_a_run_writes_its_log_and_its_models_and_repeats_itself(tmp_path):
@@ -189,10 +221,10 @@ def test_a_run_writes_its_log_and_its_models_and_repeats_itself(tmp_path):
     for kind in ("best", "last"):
         checkpoint = load_checkpoint(results[0].folder / kind)
         assert checkpoint.facts["classes"][0] == "amber-ring"
-    score = evaluate(
-        checkpoint.model, EvaluationView(open_split("partbirds", "test", 64, 64, preset="easy", seed=42), 64), ALONE, 7
-    )
-    assert score == results[0].last or score.loss == pytest.approx(results[0].last.loss, rel=1e-5)
+    view = EvaluationView(open_split("partbirds", "test", 64, 64, preset="easy", seed=42), 64, grid_size=4)
+    score = evaluate(checkpoint.model, view, ALONE, 7)
+    assert score.per_class == results[0].last.per_class
+    assert score.loss == pytest.approx(results[0].last.loss, rel=1e-5)
 
 
 def test_best_is_the_best_and_evaluations_leave_training_alone(tmp_path):
@@ -211,15 +243,13 @@ def test_best_is_the_best_and_evaluations_leave_training_alone(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_new_run_of_the_same_name_starts_clean(tmp_path):
-    train(TrainOptions(**SMALL, output_dir=str(tmp_path)))
-    with pytest.raises(FloatingPointError):
-        train(
-            TrainOptions(
-                **{**SMALL, "learning_rate": 1e30, "max_grad_norm": 0.0, "eval_every": 6}, output_dir=str(tmp_path)
-            )
-        )
-    assert [path.name for path in (tmp_path / "ffvt").iterdir()] == ["log.jsonl"]
+def test_a_new_run_of_the_same_name_keeps_the_earlier_one_unless_told(tmp_path):
+    for changes in ({}, {"seed": 1}, {"overwrite": True, "seed": 2}):
+        result = train(TrainOptions(**{**SMALL, "num_steps": 2}, output_dir=str(tmp_path), **changes))
+        assert read_log(result.folder)[0]["options"]["seed"] == changes.get("seed", 42)
+        assert [line["kind"] for line in read_log(result.folder)].count("run") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ffvt", "ffvt.1"]
+    assert load_checkpoint(tmp_path / "ffvt.1" / "last").facts["options"]["seed"] == 42
 
 
 def test_workers_change_nothing(tmp_path, photographs):
@@ -259,60 +289,3 @@ def test_two_processes_train_as_one_does_and_count_every_image_once(tmp_path):
     assert [line["count"] for line in two if line["kind"] == "evaluate"] == [300, 300]
     assert "last: top-1" in ran.stdout
     assert ran.stdout.count("last: top-1") == 1
-
-
-class Counted(torch.nn.Module):
-    """Predicts class 1 whatever it sees."""
-
-    def forward(self, images):
-        return torch.tensor([0.0, 3.0, 1.0, 0.5, 0.4, 0.3, 0.2]).repeat(len(images), 1)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_evaluation_equals_a_hand_count_at_any_number_of_ranks(size, monkeypatch):
-    labels = [1, 0, 1, 2, 3, 6, 1, 5, 0, 1, 4]
-    data = [(torch.zeros(3, 2, 2, dtype=torch.uint8), label) for label in labels]
-    parts = []
-    monkeypatch.setattr(World, "sum", lambda self, values: parts.append(values) or values)
-    for rank in range(size):
-        evaluate(Counted(), data, World(rank, size, torch.device("cpu")), 2)
-    count, top1, top5, loss = torch.stack(parts).sum(0).tolist()
-    logits = Counted()(labels)
-    assert (count, top1, top5) == (11, 4, 8)  # four of class 1; classes 0 and 6 are not among the first five
-    assert loss == pytest.approx(
-        torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum").item()
-    )
-
-
-def test_an_empty_evaluation_is_refused():
-    with pytest.raises(ValueError, match="must have images; got 0"):
-        evaluate(Counted(), [], ALONE, 2)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    changes = {"learning_rate": 1e30, "max_grad_norm": 0.0, "log_every": 5}
-    options = TrainOptions(**{**SMALL, **changes}, output_dir=str(tmp_path))
-    with pytest.raises(FloatingPointError, match="loss must be finite; got loss=nan at step 4"):  # before it is saved
-        train(options)
-    assert not (tmp_path / "ffvt" / "last").exists()
-
-
-def test_checkpoints_replace_each_other_whole_and_damage_is_named(tmp_path):
-    model, facts = tiny_model(), {"classes": list("abcde"), "resize_size": 64, "options": {}}
-    for step in (1, 2):
-        save_checkpoint(tmp_path / "last", model, {**facts, "step": step})
-    assert load_checkpoint(tmp_path / "last").facts["step"] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-    with pytest.raises(FileNotFoundError, match=r"training\.json"):
-        load_checkpoint(tmp_path)
-    (tmp_path / "last").rename(tmp_path / "last.old")  # cut off between the two renames of a save
-    assert load_checkpoint(tmp_path / "last").facts["step"] == 2
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save_checkpoint(tmp_path / "last", model, {**facts, "loss": float("nan")})
-    assert load_checkpoint(tmp_path / "last").facts["step"] == 2
-    save_checkpoint(tmp_path / "last", model, {**facts, "classes": ["a"]})
-    with pytest.raises(ValueError, match="names 1 classes, its model has 5"):
-        load_checkpoint(tmp_path / "last")
-    (tmp_path / "last" / "training.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"training\.json is damaged"):
-        load_checkpoint(tmp_path / "last")

@@ -56,13 +56,13 @@ class PartBirds(Dataset):
         self.config = replace(PRESETS[preset], **overrides, **({} if size is None else {f"{split}_size": size}))
         self.families, self.varieties = self.config.families, self.config.varieties
         self.classes = [f"{a}-{b}" for a in [*FAMILIES][: self.families] for b in [*MARKS][: self.varieties]]
-        count, side = getattr(self.config, f"{split}_size"), self.config.image_size
+        count, self.side = getattr(self.config, f"{split}_size"), self.config.image_size
         # Every run of len(classes) images holds each class once, in an order drawn for that run: balanced at any
         # size, and a larger set only appends to a smaller one.
         runs = range(-(-count // len(self.classes)))
         orders = [np.argsort(self._stream(0, run).random(len(self.classes)), kind="stable") for run in runs]
         self.labels: list[int] = np.concatenate(orders)[:count].tolist()
-        self._images = np.empty((count, 3, side, side), np.uint8)
+        self._images = np.empty((count, 3, self.side, self.side), np.uint8)
         self._boxes: list[Box | None] = [None] * count
 
     def __len__(self) -> int:
@@ -92,6 +92,11 @@ class PartBirds(Dataset):
     def box(self, index: int) -> Box:
         """Box (x0, y0, x1, y1) of the mark on the bird, in pixels, half-open."""
         return self._boxes[self._drawn(index)]
+
+    def relative_box(self, index: int) -> tuple[float, float, float, float]:
+        """The same box as shares of the image's side."""
+        x0, y0, x1, y1 = (edge / self.config.image_size for edge in self.box(index))
+        return x0, y0, x1, y1
 
     def distractors(self, index: int) -> list[tuple[Box, int]]:
         """The stray marks of an image: the box of each, as in `box`, and its variety."""

@@ -1,21 +1,59 @@
-"""The recipes' transforms: resize to a square, crop, flip, normalise.
+"""The recipes' transforms: resize to a square, crop, flip, colour, normalise.
 
-The deterministic part (decode, resize) gives uint8; the random part draws from a generator of its own per
-(seed, epoch, index), so a sample looks the same whatever the worker, the rank or the batch it lands in; normalising is
-done on the whole batch, on the device.
+The deterministic part (decode, resize) gives uint8 and can be kept in a cache. Of the random part, what depends on the
+single picture (crop, flip, policy) is done where it is loaded, on uint8; colour jitter and normalising are done on the
+whole batch, on the device. Every random choice comes from a generator per (seed, epoch, index), so a sample looks the
+same whatever the worker, the rank or the batch it lands in.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY = (0.2989, 0.587, 0.114)  # of red, green, blue; torchvision's, which is ITU-R 601's
+ORDERS = tuple(permutations(range(3)))  # of brightness, contrast, saturation
+NO_JITTER = torch.tensor([1.0, 1.0, 1.0, 0.0])
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL's ways to refuse a file
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a data set's training adds to resize, crop and flip, and its normalisation.
+
+    jitter: brightness, contrast and saturation are scaled by factors from [1 - jitter, 1 + jitter], in random order.
+    policy: AutoAugment's ImageNet policy. resized_crop: crops cover 5 to 100 % of the picture and are scaled to the
+    image size, without flips (the CIFAR recipe), instead of being cut out at that size.
+    """
+
+    jitter: float = 0.0
+    policy: bool = False
+    resized_crop: bool = False
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+PLAIN = Recipe()
+_JITTERED = Recipe(jitter=0.4)
+_POLICY = Recipe(policy=True)
+_CIFAR = Recipe(resized_crop=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+RECIPES = {  # the authors'; NABirds, of which they give none, is treated as CUB. All others: crop and flip.
+    "CUB": _JITTERED,
+    "dog": _JITTERED,
+    "air": _JITTERED,
+    "nabirds": _JITTERED,
+    "car": _POLICY,
+    "inat2017": _POLICY,
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+}
 
 
 def load_image(path: str | Path, size: int) -> Tensor:
@@ -31,7 +69,7 @@ def load_image(path: str | Path, size: int) -> Tensor:
             resized = _to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to refuse a file
+    except UNREADABLE as error:
         raise ValueError(f"load_image: path must be a readable picture; got {str(path)!r}: {error}") from error
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
@@ -44,12 +82,42 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def random_view(image: Tensor, size: int, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One random view of a picture: crop, flip and policy applied, the colours' factors drawn.
+
+    image: uint8 (3, R, R). Returns the view, uint8 (3, size, size), and jitter (4,) fp32 for `augment`.
+    """
+    if recipe.resized_crop:
+        return _resized_crop(image, size, generator), NO_JITTER
+    view = random_crop_flip(image, size, generator)
+    if recipe.policy:
+        with torch.random.fork_rng(devices=[]):  # torchvision's policy draws from the global generator
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            view = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)(view)
+    return view, draw_jitter(recipe.jitter, generator)
+
+
 def random_crop_flip(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random size x size crop of (3, R, R), mirrored half of the time."""
+    """A random size x size crop of (3, R, R), mirrored half of the time, in memory of its own."""
     room = image.shape[-1] - size
-    top, left = (int(torch.randint(room + 1, (), generator=generator)) for _ in range(2))
+    top, left = torch.randint(room + 1, (2,), generator=generator).tolist()
     crop = image[:, top : top + size, left : left + size]
-    return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
+    return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop.contiguous()
+
+
+def _resized_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return v2.RandomResizedCrop(size, scale=(0.05, 1.0), antialias=True)(image)
+
+
+def draw_jitter(strength: float, generator: torch.Generator) -> Tensor:
+    """Factors of brightness, contrast and saturation, and the number of their order in `ORDERS`: (4,) fp32."""
+    if strength == 0:
+        return NO_JITTER
+    low = max(0.0, 1 - strength)
+    factors = low + (1 + strength - low) * torch.rand(3, generator=generator)
+    return torch.cat([factors, torch.randint(len(ORDERS), (1,), generator=generator)])
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
@@ -58,8 +126,71 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     return image[:, start : start + size, start : start + size]
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, S, S) to fp32, by ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+def evaluation_view(image: Tensor, size: int, recipe: Recipe) -> Tensor:
+    """What evaluation sees of (3, R, R) uint8: the middle, or with the CIFAR recipe all of it, scaled to the size."""
+    if recipe.resized_crop:
+        return v2.functional.resize(image, [size, size], antialias=True)
+    return center_crop(image, size)
+
+
+def augment(images: Tensor, jitter: Tensor | None, recipe: Recipe) -> Tensor:
+    """Colour jitter and normalisation of a batch, on the device where it is: uint8 (B, 3, S, S) to fp32.
+
+    jitter: (B, 4) from `random_view`, on the CPU or the images' device; None for none, as in evaluation.
+    """
+    device = images.device
+    scale, shift = (values.to(device) for values in _normalisation(recipe))
+    jitter = jitter if recipe.jitter else None
+    if device.type != "cpu":
+        result = images.float()
+        if jitter is not None:
+            _jitter_batch_(result, jitter.to(device, non_blocking=True))
+        return result.mul_(scale).add_(shift)
+    result = torch.empty(images.shape, dtype=torch.float32)
+    for i, image in enumerate(result):  # one image after the other stays in the CPU's cache
+        image.copy_(images[i])
+        if jitter is not None:
+            _jitter_image_(image, jitter[i].tolist())
+        image.mul_(scale).add_(shift)
+    return result
+
+
+def normalize(images: Tensor, recipe: Recipe = PLAIN) -> Tensor:
+    """uint8 images (B, 3, S, S) to fp32, by the recipe's mean and standard deviation (ImageNet's by default)."""
+    return augment(images, None, recipe)
+
+
+def _normalisation(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """scale and shift (3, 1, 1) that take [0, 255] to normalised values."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    return 1 / (255 * std), -mean / std
+
+
+def _jitter_image_(image: Tensor, jitter: list[float]) -> None:
+    """(3, S, S) fp32 in [0, 255], changed in place: blends with black, the mean grey and the grey, in this order's."""
+    red, green, blue = image
+    for kind in ORDERS[int(jitter[3])]:
+        factor = jitter[kind]
+        weights = [(1 - factor) * weight for weight in GREY]
+        if kind == 1:
+            means = image.mean((1, 2)).tolist()
+            image.mul_(factor).add_(sum(weight * mean for weight, mean in zip(weights, means)))
+        elif kind == 2:
+            grey = (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])
+            image.mul_(factor).add_(grey)
+        else:
+            image.mul_(factor)
+        if factor > 1:  # else a blend stays between what it blends
+            image.clamp_(0, 255)
+
+
+def _jitter_batch_(images: Tensor, jitter: Tensor) -> None:
+    """The same for (B, 3, S, S), all images at once: what each one is blended with is chosen by its own order."""
+    weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
+    orders = torch.tensor(ORDERS, device=images.device)[jitter[:, 3].long()]  # (B, 3)
+    for stage in range(3):
+        kind = orders[:, stage].view(-1, 1, 1, 1)
+        factor = jitter.gather(1, orders[:, stage : stage + 1]).view(-1, 1, 1, 1)
+        grey = (images * weights).sum(1, keepdim=True)
+        other = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey) * (kind > 0)
+        images.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,11 +113,15 @@ class FFVT(nn.Module):
             return checkpoint(block, x, needed_only, use_reentrant=False)
         return block(x, needed_only)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json into `folder` (made if missing)."""
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Writes model.safetensors and config.json into `folder` (made if missing).
+
+        state_dict: the weights to write instead of the model's own, such as those put together from shards.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, folder / WEIGHTS_FILE)
+        weights = self.state_dict() if state_dict is None else state_dict
+        save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
     @classmethod

@@ -67,7 +67,7 @@ class DemoResult:
 def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     """Trains by `options` (a PartBirds run), writes `output`/report.html and the run's log and models beside it."""
     output = Path(output)
-    options = replace(options, output_dir=str(output.parent), name=output.name)
+    options = replace(options, output_dir=str(output.parent), name=output.name, overwrite=True)
     training = train(options)
     model = load_checkpoint(training.folder / "last").model
     birds = PartBirds("test", options.preset, options.seed)

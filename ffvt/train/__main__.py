@@ -32,10 +32,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ffvt.tra
 
 def summary(result: TrainResult) -> str:
     """What a run ended with, for a reader."""
+    end = f"{result.seconds:.0f} s; {result.folder}"
+    if result.stopped is not None:
+        return f"stopped at step {result.stopped}, --resume auto goes on; {end}"
     last, best = result.last, result.best
     return (
         f"last: top-1 {last.top1:.4f}, top-5 {last.top5:.4f}, loss {last.loss:.4f} on {last.count} images; "
-        f"best: top-1 {best.top1:.4f}; {result.seconds:.0f} s; {result.folder}"
+        f"best (chosen on {result.chosen_on}): top-1 {best.top1:.4f}; {end}"
     )
 
 

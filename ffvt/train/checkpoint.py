@@ -1,63 +1,180 @@
-"""A trained model on disk: a folder with model.safetensors, config.json and training.json."""
+"""Checkpoints: folders `step-<number>` that hold a model and all that is needed to go on exactly from it.
+
+    model.safetensors, config.json   the model as it is evaluated; what `FFVT.from_pretrained` reads
+    training.json                    facts for people and tools: classes, options, step, score
+    state.safetensors, state.json    optimiser, schedule, scaler, random generators, position in the data: for resuming
+    SHA256SUMS                       of all of these (`sha256sum --check SHA256SUMS` works)
+
+A folder appears whole, by one rename, after its contents are on disk. Nothing in it is a pickle. `last` and `best` are
+symbolic links.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
+import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffvt.model.ffvt import FFVT
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-FACTS_FILE = "training.json"
+from ffvt.data.atomic import new_folder, point
+from ffvt.data.digest import file_digest
+from ffvt.model.ffvt import CONFIG_FILE, FFVT, WEIGHTS_FILE
+
+log = logging.getLogger("ffvt")
+
+FACTS_FILE, SUMS_FILE = "training.json", "SHA256SUMS"
+TENSORS_FILE, STATE_FILE = "state.safetensors", "state.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, FACTS_FILE, TENSORS_FILE, STATE_FILE)
+KEPT = 2  # newest checkpoints, beside the best
+SAVE_ERRORS = (OSError, SafetensorError)  # what a full disk raises
 
 
 @dataclass
 class Checkpoint:
-    """A model and its facts: "classes", "resize_size", "options", "step", and the score: "top1", "top5", "loss"."""
+    """A model and its facts: "classes", "resize_size", "options", "step", and the score: "top1", "top5", "loss", ..."""
 
     model: FFVT
     facts: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, model: FFVT, facts: dict[str, Any]) -> None:
-    """Writes the folder anew beside the old one, then puts it in its place. At no time is there no whole one."""
-    fresh, old = folder.with_name(folder.name + ".new"), _spare(folder)
-    if old.exists() and not folder.exists():  # an earlier save was cut off between its two renames
-        os.replace(old, folder)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(fresh)
-    (fresh / FACTS_FILE).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+def save_checkpoint(
+    run: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    is_best: bool,
+) -> Path:
+    """Writes the run's checkpoint of a step, points `last` (and `best`) at it and deletes what is not to be kept.
+
+    save_model writes model.safetensors and config.json into a folder. On an error all earlier checkpoints stay.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written. ValueError: a number in facts or state is not finite.
+    """
+    folder = run / f"step-{step:08d}"
+    _discard(folder)  # of a run that went on from an earlier step than this one
+    with new_folder(folder) as fresh:
+        save_model(fresh)
+        save_file(dict(tensors), fresh / TENSORS_FILE)
+        (fresh / FACTS_FILE).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        (fresh / STATE_FILE).write_text(json.dumps(state, allow_nan=False) + "\n")
+        for name in (WEIGHTS_FILE, TENSORS_FILE):  # safetensors lets the owner alone read them
+            (fresh / name).chmod((fresh / FACTS_FILE).stat().st_mode)
+        sums = "".join(f"{file_digest(fresh / name)}  {name}\n" for name in FILES)
+        (fresh / SUMS_FILE).write_text(sums)
+    point(run / "last", folder)
+    if is_best:
+        point(run / "best", folder)
+    best = run / "best"
+    keep = {folder.name, best.readlink().name if best.is_symlink() else None}
+    newest = checkpoints(run)
+    for old in newest[KEPT:]:
+        if old.name not in keep:
+            _discard(old)
+    return folder
+
+
+def discard_run(run: Path) -> None:
+    """Deletes the checkpoints, links and logs of an earlier run, and nothing else."""
+    for link in (run / "last", run / "best"):
+        link.unlink(missing_ok=True)
+    for folder in checkpoints(run):
+        _discard(folder)
+    for leftover in run.glob(".step-*.new"):
+        shutil.rmtree(leftover)
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a checkpoint. Renamed first: what is left of an interrupted deletion is not taken for a damaged one."""
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+        doomed = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
-def _spare(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, newest first, whole or not."""
+    return sorted(run.glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The run's newest checkpoint that is whole; None without any. Damaged ones are passed over, which is logged.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    damaged = []
+    for folder in checkpoints(run):
+        try:
+            verify_checkpoint(folder)
+        except (ValueError, OSError) as error:
+            damaged.append(folder.name)
+            log.warning("%s; going back to the one before it", error)
+        else:
+            return folder
+    if damaged:
+        raise ValueError(f"checkpoint: {run} must have one that is whole; got only damaged ones: {', '.join(damaged)}")
+    return None
+
+
+def set_aside_newer(run: Path, step: int) -> None:
+    """Renames checkpoints of later steps, which are damaged, so that they do not count among the newest."""
+    for folder in checkpoints(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            aside = run / f"damaged-{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compares every file with its checksum.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint. ValueError: it is damaged.
+    """
+    if not (folder / FACTS_FILE).exists() and not (folder / SUMS_FILE).exists():
+        raise FileNotFoundError(f"checkpoint must be a folder with {FACTS_FILE}; got {str(folder)!r}")
+    try:
+        lines = (folder / SUMS_FILE).read_bytes().decode().split("\n")
+        sums = dict(re.fullmatch(r"([0-9a-f]{64})  (\S+)", line).groups()[::-1] for line in lines[:-1])
+        wrong = [name for name in FILES if file_digest(folder / name) != sums.pop(name, None)]
+    except (OSError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {folder} is damaged: {error}") from error
+    if wrong or sums or lines[-1]:
+        raise ValueError(f"checkpoint: {folder} is damaged: {', '.join([*wrong, *sums]) or SUMS_FILE} does not fit")
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """The model and facts saved by `save_checkpoint`, on the CPU.
+    """The model and facts of a checkpoint (`.../last`, `.../best` or `.../step-...`), on the CPU.
 
     Raises:
         FileNotFoundError: no such checkpoint. ValueError: it is damaged.
     """
     folder = Path(folder)
-    if not folder.exists() and _spare(folder).exists():
-        folder = _spare(folder)
-    if not (folder / FACTS_FILE).exists():
-        raise FileNotFoundError(f"checkpoint must be a folder with {FACTS_FILE}; got {str(folder)!r}")
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text())
-        classes, _, _ = facts["classes"], facts["resize_size"], facts["options"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint: {folder / FACTS_FILE} is damaged: {error!r}") from error
+    verify_checkpoint(folder)
+    facts = json.loads((folder / FACTS_FILE).read_text())
     model = FFVT.from_pretrained(folder)
-    if len(classes) != model.config.num_classes:
-        raise ValueError(f"checkpoint: {folder} names {len(classes)} classes, its model has {model.config.num_classes}")
+    if len(facts["classes"]) != model.config.num_classes:
+        classes = len(facts["classes"])
+        raise ValueError(f"checkpoint: {folder} names {classes} classes, its model has {model.config.num_classes}")
     return Checkpoint(model, facts)
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint, verified before, has for resuming: the evaluated model, all other tensors, the plain state."""
+    return (
+        load_file(folder / WEIGHTS_FILE),
+        load_file(folder / TENSORS_FILE),
+        json.loads((folder / STATE_FILE).read_text()),
+    )

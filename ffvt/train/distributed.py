@@ -1,16 +1,23 @@
-"""The process group: who am I, and sums over all ranks. One process without a launcher is a world of one."""
+"""The process group: who am I, how gradients meet, and sums over all ranks. One process is a world of one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from ffvt.model.layers import Block
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,17 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the ranks, where there are several."""
+    def wrap(self, model: nn.Module, shard: bool = False) -> nn.Module:
+        """The model with gradients averaged over the ranks; with `shard` its parameters are divided among them too.
+
+        A sharded model is changed in place (FSDP2): each block is gathered when it runs.
+        """
+        if shard:
+            for block in (module for module in model.modules() if isinstance(module, Block)):
+                fully_shard(block)
+            fully_shard(model)
+            register_fsdp_forward_method(model, "forward_with_selection")
+            return model
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -38,12 +54,41 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set on any rank. It runs on the CPU, so it does not wait for a GPU."""
+        if self.size == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns, or raises, on the main rank, on every rank."""
+        value = error = None
+        if self.is_main:
+            try:
+                value = function()
+            except Exception as caught:
+                error = caught
+        value, error = self.gather((value, error))[0]
+        if error is not None:
+            raise error
+        return value
+
 
 @contextmanager
 def join_world(device: str = "auto") -> Iterator[World]:
     """Joins the process group that torchrun's environment describes, and leaves it at the end.
 
-    device: "auto" (a GPU if there is one), "cpu" (gloo) or "cuda" (nccl).
+    device: "auto" (a GPU if there is one), "cpu" (gloo) or "cuda" (nccl, and gloo for what is on the CPU).
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -52,10 +97,52 @@ def join_world(device: str = "auto") -> Iterator[World]:
     own = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    if size > 1:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    is_launched = "WORLD_SIZE" in os.environ  # also by a torchrun of one process, which sharding needs
+    if is_launched:
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(), rank=rank, world_size=size)
     try:
         yield World(rank, size, own)
     finally:
-        if size > 1:
+        if is_launched:
             dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the processes find each other: what torchrun offers, with a part of its own for every restart.
+
+    torchrun's store outlives its workers, and restarted ones would try addresses of dead ones. On several nodes each
+    counts its restarts alone, so there the number is of no use, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def gradients_stay_local(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside only add to this rank's gradients, as all but the last part of a batch should."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+        return
+    with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+        yield
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor put together from its shards on all ranks (a collective call), or itself; detached, on the CPU."""
+    value = value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def like_shards_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor cut as `parameter` is, where that is sharded (a collective call), on its device."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

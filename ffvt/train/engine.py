@@ -2,228 +2,319 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
-import random
-import shutil
-import sys
+import signal
+import threading
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from ffvt.data.datasets import EvaluationView, StepSampler, TrainingView, open_split
-from ffvt.data.transforms import normalize
-from ffvt.model.ffvt import FFVT, create_model
-from ffvt.model.weights import load_weights
-from ffvt.train.checkpoint import save_checkpoint
+from ffvt.data.datasets import describe
+from ffvt.data.sampling import EvaluationView, StepSampler, TrainingSample
+from ffvt.model.cost import flops_per_image
+from ffvt.model.ffvt import FFVT
+from ffvt.train.checkpoint import SAVE_ERRORS, load_checkpoint, load_state, save_checkpoint
 from ffvt.train.distributed import World, join_world
-from ffvt.train.evaluate import Score, autocast, evaluate
-from ffvt.train.optim import make_optimizer, make_scheduler
+from ffvt.train.evaluate import AUTOCAST_DTYPES, Score, evaluate
 from ffvt.train.options import TrainOptions
+from ffvt.train.planner import measure_matmul_flops
+from ffvt.train.resume import is_of_run, prepare, warn_of_changes
+from ffvt.train.runlog import RunLog
+from ffvt.train.state import TrainState
+from ffvt.train.step import training_step
+from ffvt.train.views import open_views
 from ffvt.version import __version__
 
 log = logging.getLogger("ffvt")
 
-DEFAULT_LOSS_SCALE = 2.0**16
-
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended: the last and the best evaluation, its folder (log.jsonl, best/, last/), its seconds."""
+    """Where a run ended: the last and the best model's scores on the evaluated split, its folder, its seconds.
 
-    last: Score
-    best: Score
+    The folder holds log.jsonl and the checkpoints last/ and best/. best was chosen on `chosen_on`: the evaluated split
+    itself, or "val". stopped: the step at which SIGTERM ended the run (then last and best are what was known, or None).
+    """
+
+    last: Score | None
+    best: Score | None
     folder: Path
     seconds: float
-
-
-class RunLog:
-    """One JSON object per line, on the main rank only. A number that is not finite is written as null."""
-
-    def __init__(self, path: Path, enabled: bool) -> None:
-        self.file = None
-        if enabled:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("w")
-
-    def write(self, kind: str, **values: Any) -> None:
-        if self.file:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            print(json.dumps({"kind": kind, **finite}, allow_nan=False), file=self.file, flush=True)
+    chosen_on: str
+    stopped: int | None = None
 
 
 def train(options: TrainOptions) -> TrainResult:
     """Trains as `options` say, in this process as one of the ranks that torchrun started, or alone.
 
-    Writes <output_dir>/<name>/log.jsonl, and the models best/ and last/ beside it.
+    Writes <output_dir>/<name>/log.jsonl, and the models best/ and last/ beside it. SIGTERM ends it after the step at
+    hand, with a checkpoint that `resume` goes on from.
 
     Raises:
-        ValueError: an option, the data or the weights do not fit. FloatingPointError: the loss is no longer finite.
+        ValueError: an option, the data, the weights or the checkpoint do not fit. FloatingPointError: too many steps in
+        a row had gradients that are not finite.
     """
-    with join_world(options.device) as world:
-        return _train(options, world)
+    with join_world(options.device) as world, _stop_on_sigterm() as asked_to_stop:
+        if options.fsdp and not torch.distributed.is_initialized():
+            raise ValueError("train: fsdp needs torchrun, with one process or more; got fsdp=True without it")
+        torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+        return _Run(options, world, asked_to_stop).train()
 
 
-def _train(options: TrainOptions, world: World) -> TrainResult:
-    started = time.perf_counter()
-    folder = Path(options.output_dir) / options.name
-    seed_everything(options.seed)
-    training, evaluation = (_open(options, split) for split in ("train", options.eval_split))
-    model = build_model(options, len(training.classes)).to(world.device)
-    seed_everything(options.seed + world.rank)  # the weights are the same on every rank, the dropout masks are not
-    parallel = world.wrap(model)
-    optimizer = make_optimizer(options.optimizer, model.parameters(), options.learning_rate, options.weight_decay)
-    scheduler = make_scheduler(optimizer, options.decay_type, options.warmup_steps, options.num_steps)
-    scaler = make_scaler(options, world)
-    loader = _training_loader(options, training, world)
-    if world.is_main:  # of an earlier run of this name
-        for kind in ("best", "last"):
-            shutil.rmtree(folder / kind, ignore_errors=True)
-    run_log = RunLog(folder / "log.jsonl", world.is_main)
-    run_log.write("run", options=options.to_dict(), world_size=world.size, **_facts(training, evaluation, world))
+class _Run:
+    """One run on this rank."""
 
-    def evaluate_and_save(step: int, best: Score | None) -> tuple[Score, Score]:
-        view = EvaluationView(evaluation, options.img_size)
-        score = evaluate(model, view, world, options.eval_batch_size, options.autocast_precision, options.workers)
-        is_best = best is None or score.top1 > best.top1
-        run_log.write("evaluate", step=step, split=options.eval_split, **asdict(score))
-        if world.is_main:
-            side = training[0][0].shape[-1]
-            facts = {"classes": list(training.classes), "resize_size": side, "options": options.to_dict(), "step": step}
-            facts |= asdict(score)
-            for kind in ("last", "best") if is_best else ("last",):
-                save_checkpoint(folder / kind, model, facts)
-        return score, score if best is None or is_best else best
+    def __init__(self, options: TrainOptions, world: World, asked_to_stop: threading.Event) -> None:
+        self.started = time.perf_counter()
+        self.options, self.world, self.asked_to_stop = options, world, asked_to_stop
+        self.folder = Path(options.output_dir) / options.name
+        self.views = open_views(options)
+        dtype = AUTOCAST_DTYPES.get(options.autocast_precision, torch.float32)
+        self.peak_flops = measure_matmul_flops(world.device, dtype)
+        self.state = TrainState(options, world, len(self.views.training.images.classes))
+        config = self.state.model.config
+        self.flops_per_image = math.nan if config.backbone else flops_per_image(config, training=True)
+        for view in (self.views.choosing, self.views.final):
+            view.grid_size = self.state.model.config.grid_size
+        checkpoint = world.on_main(lambda: prepare(options, self.folder))
+        if checkpoint is not None:
+            warn_of_changes(checkpoint, options)
+            self.state.restore(*load_state(checkpoint))
+            if self.state.step > options.num_steps:
+                raise ValueError(
+                    f"train: num_steps must be at least the checkpoint's {self.state.step}; got "
+                    f"num_steps={options.num_steps}"
+                )
+        self.log = RunLog(
+            self.folder,
+            options.name,
+            options.num_steps,
+            self.state.step,
+            goes_on=checkpoint is not None and is_of_run(checkpoint, self.folder),
+            enabled=world.is_main,
+            tensorboard=options.tensorboard,
+        )
+        self.log.write("run", **self._facts())
+        if checkpoint is not None:
+            self.log.write("resume", step=self.state.step, checkpoint=str(checkpoint))
+            log.warning("resumed from %s, step %d of %d", checkpoint, self.state.step, options.num_steps)
+        self.warned: set[str] = set()
+        self.since, self.images_since = time.perf_counter(), 0
 
-    last = best = None
-    losses, since = [], time.perf_counter()
-    progress = tqdm(total=options.num_steps, desc=options.name, disable=not (world.is_main and sys.stderr.isatty()))
-    parallel.train()
-    for step, (images, labels) in enumerate(loader, start=1):
-        rate = scheduler.get_last_lr()[0]
-        loss, norm = training_step(parallel, optimizer, scheduler, scaler, images, labels, options, world)
-        losses.append(loss)
-        progress.update()
-        is_evaluated = step % options.eval_every == 0 or step == options.num_steps
-        if step % options.log_every == 0 or is_evaluated:
-            mean = world.sum(torch.stack(losses).mean()).item() / world.size
-            if not np.isfinite(mean):
-                raise FloatingPointError(f"train: the loss must be finite; got loss={mean} at step {step}")
-            images_per_second = len(losses) * len(labels) * world.size / (time.perf_counter() - since)
-            run_log.write(
-                "train", step=step, loss=mean, lr=rate, grad_norm=norm.item(), images_per_second=images_per_second
+    def train(self) -> TrainResult:
+        state = self.state
+        try:
+            stopped = self._loop()
+            if stopped:
+                log.warning("stopped at step %d of %d; --resume auto goes on", state.step, self.options.num_steps)
+                last, best = state.last, state.best
+            else:
+                last, best = self._final_scores()
+            seconds = time.perf_counter() - self.started
+            result = TrainResult(
+                last, best, self.folder, seconds, self.views.chosen_on, state.step if stopped else None
             )
-            progress.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")
-            losses, since = [], time.perf_counter()
-        if is_evaluated:
-            last, best = evaluate_and_save(step, best)
-            since = time.perf_counter()
-    progress.close()
-    result = TrainResult(last, best, folder, time.perf_counter() - started)
-    run_log.write("end", last=asdict(last), best=asdict(best), seconds=result.seconds)
-    return result
+            self._log_end(result)
+            return result
+        finally:
+            self.log.close()
+
+    def _loop(self) -> bool:
+        """Trains up to the last step; True where it was asked to stop before."""
+        options, state = self.options, self.state
+        state.parallel.train()
+        self.since, self.images_since = time.perf_counter(), 0
+        for batch in self._batches():
+            self._report_unreadable(batch.problem)
+            rate = state.scheduler.get_last_lr()[-1]
+            result = training_step(
+                state, batch.image, batch.label, batch.jitter, self.views.training.recipe, self.asked_to_stop.is_set()
+            )
+            self.images_since += len(batch.label) * self.world.size
+            self.log.advance()
+            if result.skipped:
+                self._report_skipped(batch.index)
+            is_end = state.step == options.num_steps
+            is_evaluated = state.step % options.eval_every == 0 or is_end
+            if state.step % options.log_every == 0 or is_evaluated:
+                self._log_training(rate)
+            is_best = self._evaluate() if is_evaluated else False
+            if is_best or is_end or result.stop or state.step % options.save_every == 0:
+                self._save(state.last if is_evaluated else None, is_best, must=result.stop)
+            if is_evaluated:
+                self.since, self.images_since = time.perf_counter(), 0
+            if result.stop and not is_end:
+                return True
+        return False
+
+    def _batches(self) -> Iterator[TrainingSample]:
+        options, state, world = self.options, self.state, self.world
+        sampler = StepSampler(
+            len(self.views.training),
+            options.train_batch_size,
+            options.num_steps - state.step,
+            options.seed,
+            world.rank,
+            world.size,
+            state.samples,
+        )
+        own = torch.Generator()  # the loader must not draw from the generator that makes the dropout masks
+        return iter(
+            DataLoader(
+                self.views.training,
+                batch_sampler=sampler,
+                num_workers=options.workers,
+                pin_memory=world.device.type == "cuda",
+                prefetch_factor=options.prefetch if options.workers else None,
+                worker_init_fn=_ignore_sigterm,
+                generator=own,
+            )
+        )
+
+    def _evaluate(self) -> bool:
+        """Scores the model as it is; whether it is the best so far."""
+        state = self.state
+        score = self._score(state.evaluated, self.views.choosing)
+        state.last = score
+        is_best = state.best is None or score.top1 > state.best.top1
+        if is_best:
+            state.best, state.best_step = score, state.step
+        self.log.write("evaluate", step=state.step, split=self.views.chosen_on, **score.summary())
+        log.info("step %d: %s top-1 %.4f, loss %.4f", state.step, self.views.chosen_on, score.top1, score.loss)
+        return is_best
+
+    def _score(self, model: FFVT, view: EvaluationView) -> Score:
+        options = self.options
+        return evaluate(model, view, self.world, options.eval_batch_size, options.autocast_precision, options.workers)
+
+    def _save(self, score: Score | None, is_best: bool, must: bool) -> None:
+        """Writes a checkpoint, with the score at this step if there is one.
+
+        One that cannot be written is a warning, unless this must be the last thing that the run does.
+        """
+        state, images = self.state, self.views.training.images
+        model, tensors, plain = state.capture()
+        if not self.world.is_main:
+            return
+        facts = {"classes": list(images.classes), "resize_size": images.side, "options": self.options.to_dict()}
+        facts |= {"step": state.step, **(score.summary() if score else {})}
+        try:
+            save_checkpoint(
+                self.folder,
+                state.step,
+                lambda folder: state.evaluated.save_pretrained(folder, model),
+                facts,
+                tensors,
+                plain,
+                is_best,
+            )
+        except SAVE_ERRORS as error:
+            if must:
+                raise OSError(f"train: the checkpoint of step {state.step} could not be written: {error}") from error
+            log.warning(
+                "the checkpoint of step %d could not be written, training goes on; earlier ones are whole: %s",
+                state.step,
+                error,
+            )
+            self.log.write("unsaved", step=state.step, error=str(error))
+
+    def _final_scores(self) -> tuple[Score, Score]:
+        """The scores of the last and of the best model on the split that is reported."""
+        state, views = self.state, self.views
+        if views.final is views.choosing:
+            return state.last, state.best
+        last = best = self._score(state.evaluated, views.final)
+        if state.best_step != state.step:
+            checkpoint = load_checkpoint(self.folder / "best")
+            best = self._score(checkpoint.model.to(self.world.device), views.final)
+        for which, step, score in (("last", state.step, last), ("best", state.best_step, best)):
+            self.log.write("evaluate", step=step, split=self.options.eval_split, model=which, **score.summary())
+        return last, best
+
+    def _log_training(self, rate: float) -> None:
+        state = self.state
+        if not self.world.any(bool(self.state.meter.sums[-1] > 0))[0]:
+            return  # every step since the last line was skipped
+        loss, accuracy, norm = state.meter.take(self.world)
+        images_per_second = self.images_since / (time.perf_counter() - self.since)
+        self.log.write(
+            "train",
+            step=state.step,
+            epoch=state.samples / len(self.views.training),
+            loss=loss,
+            accuracy=accuracy,
+            lr=rate,
+            grad_norm=norm,
+            images_per_second=images_per_second,
+            mfu=images_per_second * self.flops_per_image / (self.peak_flops * self.world.size),
+            skipped=state.skipped,
+        )
+        self.log.show(loss=f"{loss:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")
+        self.since, self.images_since = time.perf_counter(), 0
+
+    def _report_unreadable(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            if problem and problem not in self.warned:
+                self.warned.add(problem)
+                log.warning("a picture cannot be read and is replaced by another: %s", problem)
+                self.log.write("unreadable", step=self.state.step + 1, problem=problem)
+
+    def _report_skipped(self, index: torch.Tensor) -> None:
+        """Logs a step that was skipped; too many in a row end the run."""
+        state, images = self.state, self.views.training.images
+        names = [describe(images, int(i)) for i in index]
+        scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
+        self.log.write("skip", step=state.step, images=names, loss_scale=scale)
+        limit = self.options.max_skipped_steps
+        if state.skipped_in_a_row > limit:
+            everywhere = [name for part in self.world.gather(names) for name in part]
+            raise FloatingPointError(
+                f"train: loss and gradients must be finite; got inf or NaN in {limit + 1} steps in a row, the last at "
+                f"step {state.step} with {', '.join(everywhere)}"
+            )
+
+    def _log_end(self, result: TrainResult) -> None:
+        values = {
+            name: score.summary() if score else None for name, score in (("last", result.last), ("best", result.best))
+        }
+        self.log.write("stop" if result.stopped else "end", step=self.state.step, **values, seconds=result.seconds)
+
+    def _facts(self) -> dict[str, Any]:
+        world, views = self.world, self.views
+        return {
+            "options": self.options.to_dict(),
+            "world_size": world.size,
+            "train_images": len(views.training),
+            "eval_images": len(views.choosing),
+            "classes": len(views.training.images.classes),
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
+            "matmul_flops": self.peak_flops,
+            "versions": {"ffvt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
 
 
-def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-    images: Tensor,
-    labels: Tensor,
-    options: TrainOptions,
-    world: World,
-) -> tuple[Tensor, Tensor]:
-    """One optimiser step on this rank's batch, in `gradient_accumulation_steps` parts.
-
-    images (B, 3, S, S) uint8, labels (B,) int64. Returns this rank's mean loss and the gradient norm before clipping,
-    both scalars on the device. A step that the scaler skips (fp16 gradients overflowed) does not advance the schedule.
-    """
-    parts = options.gradient_accumulation_steps
-    total = torch.zeros((), device=world.device)
-    for part, (some, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts))):
-        is_last = part == parts - 1
-        with nullcontext() if is_last or world.size == 1 else model.no_sync():
-            with autocast(world.device, options.autocast_precision):
-                logits = model(normalize(some.to(world.device, non_blocking=True)))
-            targets = targets.to(world.device, non_blocking=True)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.smoothing_value) / parts
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if scaler.get_scale() >= scale:  # a smaller scale means that the step was skipped
-        scheduler.step()
-    return total, norm
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process at once; in the main thread only."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    earlier = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
-def build_model(options: TrainOptions, num_classes: int) -> FFVT:
-    """The model that `options` describe, with its starting weights."""
-    model = create_model(
-        options.model_type,
-        image_size=options.img_size,
-        num_classes=num_classes,
-        num_select=options.num_token,
-        feature_fusion=options.feature_fusion,
-        **options.model_overrides,
-    )
-    if options.pretrained_dir:
-        log.info("%s", load_weights(model, options.pretrained_dir, last_block=options.last_block))
-    return model
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def make_scaler(options: TrainOptions, world: World) -> torch.amp.GradScaler:
-    """The gradient scaler of fp16; for the other precisions one that does nothing."""
-    first = options.loss_scale or DEFAULT_LOSS_SCALE
-    return torch.amp.GradScaler(world.device.type, init_scale=first, enabled=options.autocast_precision == "fp16")
-
-
-def _open(options: TrainOptions, split: str) -> Any:
-    return open_split(
-        options.dataset, split, options.img_size, options.resize_size, options.data_root, options.preset, options.seed
-    )
-
-
-def _training_loader(options: TrainOptions, images: Any, world: World) -> DataLoader:
-    sampler = StepSampler(
-        len(images), options.train_batch_size, options.num_steps, options.seed, world.rank, world.size
-    )
-    return DataLoader(
-        TrainingView(images, options.img_size, options.seed),
-        batch_sampler=sampler,
-        num_workers=options.workers,
-        pin_memory=world.device.type == "cuda",
-        persistent_workers=options.workers > 0,
-    )
-
-
-def _facts(training: Any, evaluation: Any, world: World) -> dict[str, Any]:
-    return {
-        "train_images": len(training),
-        "eval_images": len(evaluation),
-        "classes": len(training.classes),
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {"ffvt": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+def _ignore_sigterm(_worker: int) -> None:
+    """A scheduler may send SIGTERM to loading processes too; they live as long as the rank that they serve."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,30 +1,71 @@
-"""Exact evaluation: every image counted once, at any number of ranks."""
+"""Exact evaluation: every image counted once, at any number of ranks; and what the layers picked."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
+from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import normalize
+from ffvt.model.ffvt import FFVT
 from ffvt.train.distributed import World
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
+class SelectionStatistics:
+    """What the layers of an FFVT picked, as means over images and layers.
+
+    class_token_rate: share of layers that pick the class token. layer_overlap: share of a layer's picks that the next
+    layer picks too. hit_rate, random_hit_rate: share of the picks on the object, and of all patches (what random picks
+    would give), over the images with a box; None where there is none.
+    """
+
+    class_token_rate: float
+    layer_overlap: float | None
+    hit_rate: float | None
+    random_hit_rate: float | None
+
+
+@dataclass(frozen=True)
 class Score:
-    """What an evaluation found: images counted, shares right at first and within the first five, mean loss."""
+    """What an evaluation found: images counted, shares right at first and within the first five, mean loss.
+
+    mean_class_top1: mean over the classes that have images of the share of them that is right. per_class: for each
+    class how many images are right, and how many there are. selection: None for a plain ViT.
+    """
 
     count: int
     top1: float
     top5: float
     loss: float
+    mean_class_top1: float
+    per_class: tuple[tuple[int, int], ...] = ()
+    selection: SelectionStatistics | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """All but the classes, as a plain dict for JSON; a loss that is not finite is None."""
+        values = {name: value for name, value in asdict(self).items() if name != "per_class"}
+        return {**values, "loss": self.loss if math.isfinite(self.loss) else None}
+
+    @classmethod
+    def from_summary(cls, summary: dict[str, Any]) -> Score:
+        """The score whose `summary` this is."""
+        selection, loss = summary["selection"], summary["loss"]
+        changed = {
+            "loss": math.nan if loss is None else loss,
+            "selection": SelectionStatistics(**selection) if selection else None,
+        }
+        return cls(**{**summary, **changed})
 
 
 @contextmanager
@@ -37,29 +78,103 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: Dataset, world: World, batch_size: int, precision: str = "fp32", workers: int = 0
+    model: nn.Module, view: EvaluationView, world: World, batch_size: int, precision: str = "fp32", workers: int = 0
 ) -> Score:
-    """Evaluates `model` on (uint8 image, label) samples; each rank takes every world-size-th image.
+    """Evaluates `model` on a view; each rank takes every world-size-th image.
 
-    Returns the same Score on every rank. Raises ValueError on an empty data set.
+    Returns the same Score on every rank. Raises ValueError if nothing can be counted, or a picture cannot be read.
     """
-    if len(images) == 0:
+    if len(view) == 0:
         raise ValueError("evaluate: the data set must have images; got 0")
-    shard = Subset(images, range(world.rank, len(images), world.size))
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # count, top-1, top-5, loss
+    shard = Subset(view, range(world.rank, len(view), world.size))
+    sums = _Sums(len(view.images.classes), _num_selecting(model), world.device)
     was_training = model.training
     model.eval()
     own = torch.Generator()  # the loader must not draw from the generator that makes training's dropout masks
-    for batch, labels in DataLoader(shard, batch_size, num_workers=workers, generator=own):
+    batches = 0
+    for images, labels, on_object in DataLoader(shard, batch_size, num_workers=workers, generator=own):
+        batches += 1
         with autocast(world.device, precision):
-            logits = model(normalize(batch.to(world.device))).float()
-        sums += _sums(logits, labels.to(world.device))
+            logits, index = _run(model, normalize(images.to(world.device), view.recipe))
+        sums.add(logits.float(), labels.to(world.device), index, on_object.to(world.device))
+    largest_shard = -(-len(view) // world.size)
+    for _ in range(-(-largest_shard // batch_size) - batches):  # a sharded model runs on all ranks or on none
+        with autocast(world.device, precision):
+            _run(model, normalize(torch.zeros_like(view[0].image)[None].to(world.device), view.recipe))
     model.train(was_training)
-    count, top1, top5, loss = world.sum(sums).tolist()
-    return Score(int(count), top1 / count, top5 / count, loss / count)
+    return sums.score(world)
 
 
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([labels.new_tensor(len(labels)), first[:, 0].sum(), first.sum(), loss.double()]).double()
+def _run(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the picks (B, L-1, K) of an FFVT."""
+    if not _num_selecting(model):
+        return model(images), None
+    logits, selection = model.forward_with_selection(images)
+    return logits, selection.index
+
+
+def _num_selecting(model: nn.Module) -> int:
+    """How many layers pick tokens."""
+    return model.config.depth - 1 if isinstance(model, FFVT) and model.config.feature_fusion else 0
+
+
+class _Sums:
+    """Counts over batches: per class, and of the picks."""
+
+    def __init__(self, num_classes: int, layers: int, device: torch.device) -> None:
+        self.layers = layers
+        self.per_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # right, all
+        self.scores = torch.zeros(2, dtype=torch.float64, device=device)  # right within five, loss
+        # images, picks of the class token, overlap, images with a box, hits, hits by chance
+        self.picks = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, index: Tensor | None, on_object: Tensor) -> None:
+        counted = labels >= 0
+        logits, labels = logits[counted], labels[counted]
+        top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        self.per_class[0].index_add_(0, labels, top[:, 0].long())
+        self.per_class[1].index_add_(0, labels, torch.ones_like(labels))
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        self.scores += torch.stack([top.sum().double(), loss.double()])
+        if index is not None:
+            self._add_picks(index[counted], on_object[counted])
+
+    def _add_picks(self, index: Tensor, on_object: Tensor) -> None:
+        self.picks[0] += len(index)
+        self.picks[1] += (index == 0).any(2).double().mean(1).sum()
+        if self.layers > 1:
+            again = (index[:, :-1, :, None] == index[:, 1:, None, :]).any(3)
+            self.picks[2] += again.double().mean((1, 2)).sum()
+        if on_object.shape[1]:
+            hits = on_object[:, None].expand(-1, self.layers, -1).gather(2, index)
+            self.picks[3] += len(index)
+            self.picks[4] += hits.double().mean((1, 2)).sum()
+            self.picks[5] += on_object[:, 1:].double().mean(1).sum()
+
+    def score(self, world: World) -> Score:
+        right, count = world.sum(self.per_class).tolist()
+        top5, loss = world.sum(self.scores).tolist()
+        total = sum(count)
+        if total == 0:
+            raise ValueError("evaluate: the data set must have readable images; got 0")
+        by_class = [a / b for a, b in zip(right, count) if b]
+        return Score(
+            total,
+            sum(right) / total,
+            top5 / total,
+            loss / total,
+            sum(by_class) / len(by_class),
+            tuple(zip(right, count)),
+            self._selection(world),
+        )
+
+    def _selection(self, world: World) -> SelectionStatistics | None:
+        images, class_token, overlap, boxed, hits, chance = world.sum(self.picks).tolist()
+        if not images:
+            return None
+        return SelectionStatistics(
+            class_token / images,
+            overlap / images if self.layers > 1 else None,
+            hits / boxed if boxed else None,
+            chance / boxed if boxed else None,
+        )

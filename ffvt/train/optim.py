@@ -1,9 +1,9 @@
-"""The optimiser and the learning-rate schedule of the authors' recipes."""
+"""The optimiser, its groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
 
 import torch
 from torch import nn
@@ -14,25 +14,49 @@ DECAYS = ("cosine", "linear")
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+    name: str, model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, as the authors; or AdamW, whose decay leaves out vectors (biases, norms, LayerScale)."""
+    """SGD with momentum 0.9, as the authors; or AdamW, whose weight decay leaves out vectors.
+
+    layer_decay: the learning rate of each block is that of the block above it times this, the head's is the full one.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got optimizer={name!r}")
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay)
-    if name == "adamw":
-        parameters = list(parameters)
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate)
-    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got optimizer={name!r}")
+        groups = _groups(model, learning_rate, weight_decay, weight_decay, layer_decay)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
+    return torch.optim.AdamW(_groups(model, learning_rate, weight_decay, 0.0, layer_decay), lr=learning_rate)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, decay: str, warmup_steps: int, num_steps: int) -> LambdaLR:
+def _groups(model: nn.Module, rate: float, decay: float, vectors_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups by learning rate and weight decay, in the order in which their parameters first appear."""
+    depth = len(getattr(model, "blocks", ())) + hasattr(model, "last_block")
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        lr = rate * layer_decay ** (depth + 1 - _layer(name, depth))
+        own_decay = decay if parameter.ndim >= 2 else vectors_decay
+        group = groups.setdefault((lr, own_decay), {"params": [], "lr": lr, "weight_decay": own_decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for the embeddings, 1 to depth for the blocks, depth + 1 for norm and head."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    if name.startswith("last_block."):
+        return depth
+    return depth + 1 if name.startswith(("norm.", "head.")) else 0
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, decay: str, warmup_steps: int, num_steps: int, done: int = 0
+) -> LambdaLR:
     """Linear warm-up from 0, then half a cosine or a line down to 0 at `num_steps`.
 
-    Stepped after the optimiser, as the authors do: the first update is made at learning rate 0.
+    Stepped after the optimiser, as the authors do: the first update is made at learning rate 0. `done`: how many steps
+    it has made already, in a run that is resumed.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay_type must be one of {', '.join(DECAYS)}; got decay_type={decay!r}")
@@ -43,4 +67,6 @@ def make_scheduler(optimizer: torch.optim.Optimizer, decay: str, warmup_steps: i
         progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
         return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
 
-    return LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)

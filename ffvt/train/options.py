@@ -7,12 +7,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ffvt.data.datasets import AUTHORS_DATASETS, DATASETS
+from ffvt.data.datasets import DATASETS, canonical_name
 from ffvt.model.config import AUTHORS_NAMES, PRESETS
 from ffvt.model.weights import LAST_BLOCK_CHOICES
 from ffvt.train.optim import DECAYS, OPTIMIZERS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+AT_LEAST = {  # least value: options
+    1: (
+        "train_batch_size",
+        "eval_batch_size",
+        "num_steps",
+        "eval_every",
+        "gradient_accumulation_steps",
+        "log_every",
+        "save_every",
+        "prefetch",
+    ),
+    0: ("warmup_steps", "workers", "loss_scale", "weight_decay", "max_grad_norm", "max_skipped_steps"),
+}
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 
 
@@ -49,11 +62,25 @@ class TrainOptions:
     first_candidate: int = 0
     dropout: float = 0.1
     optimizer: str = "sgd"
+    layer_decay: float = 1.0
+    ema_decay: float = 0.0
     eval_split: str = "test"
+    val_split: float = 0.0
     preset: str = "default"
     device: str = "auto"
     workers: int = 2
+    prefetch: int = 2
+    cache_dir: str = ""
     log_every: int = 10
+    save_every: int = 500
+    resume: str = ""
+    overwrite: bool = False
+    max_skipped_steps: int = 20
+    skip_bad_images: bool = False
+    tensorboard: bool = False
+    tf32: bool = False
+    compile: bool = False
+    fsdp: bool = False
     gradient_checkpointing: bool = False
     embed_dim: int | None = None
     depth: int | None = None
@@ -62,36 +89,32 @@ class TrainOptions:
     patch_size: int | None = None
 
     def __post_init__(self) -> None:
-        at_least = {
-            1: (
-                "train_batch_size",
-                "eval_batch_size",
-                "num_steps",
-                "eval_every",
-                "gradient_accumulation_steps",
-                "log_every",
-            ),
-            0: ("warmup_steps", "workers", "loss_scale", "weight_decay", "max_grad_norm"),
-        }
-        for least, names in at_least.items():
+        canonical_name(self.dataset)
+        for least, names in AT_LEAST.items():
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"train: {name} must be at least {least}; got {name}={getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"train: precision must be one of {', '.join(PRECISIONS)}; got precision={self.precision!r}"
-            )
-        if self.fp16 and self.precision == "bf16":
-            raise ValueError("train: precision must be fp16 (or left out) with fp16=True; got precision='bf16'")
-        if self.train_batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"train: train_batch_size must be a multiple of gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}; got train_batch_size={self.train_batch_size}"
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"train: learning_rate must be positive; got learning_rate={self.learning_rate}")
-        if not 0 <= self.smoothing_value < 1:
-            raise ValueError(f"train: smoothing_value must be in [0, 1); got smoothing_value={self.smoothing_value}")
+        parts = self.gradient_accumulation_steps
+        self._require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        self._require(not (self.fp16 and self.precision == "bf16"), "precision", "fp16 (or left out) with fp16=True")
+        self._require(
+            self.train_batch_size % parts == 0,
+            "train_batch_size",
+            f"a multiple of gradient_accumulation_steps={parts}",
+        )
+        self._require(self.learning_rate > 0, "learning_rate", "positive")
+        for name in ("smoothing_value", "val_split", "ema_decay"):
+            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        self._require(0 < self.layer_decay <= 1, "layer_decay", "in (0, 1]")
+        self._require(not (self.resume and self.overwrite), "overwrite", f"left out with resume={self.resume!r}")
+        if self.fsdp:
+            self._require(self.autocast_precision != "fp16", "precision", "bf16 or fp32 with fsdp=True")
+            self._require(self.ema_decay == 0, "ema_decay", "0 with fsdp=True")
+            self._require(not self.compile, "compile", "False with fsdp=True")
+
+    def _require(self, holds: bool, name: str, must: str) -> None:
+        if not holds:
+            raise ValueError(f"train: {name} must be {must}; got {name}={getattr(self, name)!r}")
 
     @property
     def autocast_precision(self) -> str:
@@ -123,7 +146,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     authors = parser.add_argument_group("the authors' flags")
     add(authors, "name", "name of the run, and of its folder under output_dir")
-    add(authors, "dataset", "data set", choices=(*DATASETS, *AUTHORS_DATASETS))
+    add(authors, "dataset", f"data set: {', '.join(DATASETS)}")
     add(authors, "model_type", "model size", choices=(*AUTHORS_NAMES, *PRESETS))
     add(authors, "pretrained_dir", "weight file to start from, empty for none")
     add(authors, "img_size", "side of the image the model sees, pixels")
@@ -157,11 +180,29 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(ours, "first_candidate", "tokens before this one are never picked; 1 leaves out the class token")
     add(ours, "dropout", "dropout rate")
     add(ours, "optimizer", "optimiser", choices=OPTIMIZERS)
+    add(ours, "layer_decay", "factor of the learning rate from each block to the one below it")
+    add(ours, "ema_decay", "evaluate and keep a moving average of the weights with this decay, 0 for none")
     add(ours, "eval_split", "split that is evaluated")
+    add(ours, "val_split", "share of the training images split off to choose the best model by, 0 to use eval_split")
     add(ours, "preset", "PartBirds preset: easy, default or hard")
     add(ours, "device", "where to train", choices=("auto", "cpu", "cuda"))
     add(ours, "workers", "processes that load images, per rank")
+    add(ours, "prefetch", "batches that each of them keeps ready")
+    add(ours, "cache_dir", "decode and resize pictures once and keep the pixels here, empty for no cache")
     add(ours, "log_every", "steps between lines of the log")
+    add(ours, "save_every", "steps between checkpoints; new best models, the end and SIGTERM save too")
+    add(
+        ours, "resume", "go on from a checkpoint or the newest whole one of a run's folder; auto: of this run's, if any"
+    )
+    add(ours, "overwrite", "replace an earlier run of this name; without it, that is kept under another name")
+    add(
+        ours, "max_skipped_steps", "steps in a row with an inf or NaN in the gradients that are skipped before stopping"
+    )
+    add(ours, "skip_bad_images", "leave pictures that cannot be read out of evaluations instead of stopping")
+    add(ours, "tensorboard", "write TensorBoard's event files too")
+    add(ours, "tf32", "allow TF32 in fp32 matrix products")
+    add(ours, "compile", "compile the model with torch.compile")
+    add(ours, "fsdp", "divide weights, gradients and optimiser state among the ranks (FSDP2)")
     add(ours, "gradient_checkpointing", "recompute activations in the backward: less memory, more time")
     for name in MODEL_OVERRIDES:
         add(ours, name, "replaces the model size's own value", type=int)

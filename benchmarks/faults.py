@@ -1,0 +1,252 @@
+"""Kills, damages and starves training runs, and counts how many come through whole.
+
+    python -m benchmarks.faults            all campaigns; appends to results/faults.jsonl
+
+Every campaign compares bytes: a run that was killed and resumed must end with the very files of one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import append_results, environment
+from ffvt.train.checkpoint import FILES, checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
+from ffvt.train.engine import train
+from ffvt.train.options import TrainOptions
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["benchmarks.faults"])  # a new process starts with PyTorch imported
+
+STEPS = 24
+OPTIONS = dict(dataset="partbirds", preset="easy", img_size=64, resize_size=64, model_type="vit_s16", patch_size=16)
+OPTIONS |= dict(embed_dim=64, depth=3, num_heads=2, mlp_dim=64, num_token=3, feature_fusion=True, dropout=0.1)
+OPTIONS |= dict(train_batch_size=8, eval_batch_size=100, num_steps=STEPS, warmup_steps=4, eval_every=10, save_every=4)
+OPTIONS |= dict(log_every=1, workers=0, device="cpu", ema_decay=0.9, resume="auto")
+TIMEOUT = 300  # seconds until something that is waited for will not come any more
+
+
+def options(folder: Path, name: str, **changes: Any) -> TrainOptions:
+    """A small run in `folder`."""
+    return TrainOptions(**{**OPTIONS, **changes, "output_dir": str(folder), "name": name})
+
+
+def flags(run: TrainOptions) -> list[str]:
+    """The command-line flags that make these options."""
+    given = [(name, value) for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)]
+    return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def last_step(run: TrainOptions) -> int:
+    """The last step in a run's log, 0 without any."""
+    log = Path(run.output_dir) / run.name / "log.jsonl"
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if '"kind": "train"' in line]
+    return steps[-1] if steps else 0
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Waits until `holds()`.
+
+    Raises:
+        TimeoutError: it does not within the time.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"faults: waited in vain for {what}")
+        time.sleep(0.001)
+
+
+def end_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of the model and of the tensors of the state that a run ended with."""
+    return {name: (folder / "last" / name).read_bytes() for name in ("model.safetensors", "state.safetensors")}
+
+
+def run_in_child(run: TrainOptions) -> None:
+    """Trains in a process of its own, to the end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    process = CONTEXT.Process(target=train, args=(run,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"faults: a run must end well; got exit code {process.exitcode}")
+
+
+def killed_and_resumed(folder: Path, count: int, seed: int = 0, **changes: Any) -> int:
+    """Kills `count` runs at random steps, resumes them, and counts those that end as the uninterrupted one did."""
+    draw = random.Random(seed)
+    whole = options(folder, "whole", **changes)
+    run_in_child(whole)
+    expected, equal = end_of(folder / "whole"), 0
+    for number in range(count):
+        run, step = options(folder, f"killed{number}", **changes), draw.randrange(1, STEPS)
+        process = CONTEXT.Process(target=train, args=(run,))
+        process.start()
+        wait_until(lambda run=run, step=step: last_step(run) >= step, f"step {step}")
+        time.sleep(draw.random() * 0.03)  # anywhere within a step or a save
+        process.kill()
+        process.join()
+        run_in_child(run)
+        equal += end_of(folder / run.name) == expected
+    return equal
+
+
+def killed_while_saving(folder: Path, count: int, seed: int = 0) -> tuple[int, int]:
+    """Kills a process that does nothing but write checkpoints; how often one could be loaded, and was being written."""
+    draw, loadable, interrupted = random.Random(seed), 0, 0
+    run = folder / "saving"
+    for _ in range(count):
+        start = int(checkpoints(run)[0].name[5:]) + 1 if checkpoints(run) else 0
+        process = CONTEXT.Process(target=_save_forever, args=(run, start))
+        process.start()
+        wait_until(lambda start=start: (run / "last").exists() and int(checkpoints(run)[0].name[5:]) >= start, "a save")
+        time.sleep(draw.random() * 0.1)
+        process.kill()
+        process.join()
+        interrupted += bool(list(run.glob(".step-*.new")))
+        found = newest_whole(run)
+        if found is not None:
+            _, tensors, state = load_state(found)
+            loadable += bool((tensors["values"] == state["step"]).all()) and found == checkpoints(run)[0]
+    return loadable, interrupted
+
+
+def _save_forever(run: Path, step: int) -> None:
+    from ffvt.model.ffvt import create_model
+
+    model = create_model("vit_s16", image_size=64, num_classes=5, depth=2, num_select=2)
+    while True:
+        facts = {"classes": list("abcde"), "resize_size": 64, "options": {}, "step": step}
+        tensors = {"values": torch.full((1 << 20,), float(step))}
+        save_checkpoint(run, step, model.save_pretrained, facts, tensors, {"step": step}, is_best=step % 3 == 0)
+        step += 1
+
+
+def flipped_bytes(folder: Path, count: int, seed: int = 0) -> int:
+    """Changes one byte of the newest checkpoint at a time; how often that was noticed and the previous one taken."""
+    draw, noticed = random.Random(seed), 0
+    run_in_child(options(folder, "flipped"))
+    newest, previous = checkpoints(folder / "flipped")[:2]
+    names = [*FILES, "SHA256SUMS"]
+    level = logging.getLogger("ffvt").level
+    logging.getLogger("ffvt").setLevel(logging.ERROR)
+    for number in range(count):
+        path = newest / names[number % len(names)]
+        content = path.read_bytes()
+        place, change = draw.randrange(len(content)), draw.randrange(1, 256)
+        path.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
+        noticed += newest_whole(folder / "flipped") == previous
+        path.write_bytes(content)
+    logging.getLogger("ffvt").setLevel(level)
+    return noticed * (newest_whole(folder / "flipped") == newest)
+
+
+def worker_killed_under_torchrun(folder: Path) -> bool:
+    """Kills one of two workers; torchrun starts both again, and the end must be that of an undisturbed run."""
+    changes = {"num_steps": 40, "save_every": 5, "resume": ""}
+    undisturbed = options(folder, "undisturbed", **changes)
+    disturbed = options(folder, "disturbed", **changes)
+    ends = []
+    for run in (undisturbed, disturbed):
+        process = subprocess.Popen(
+            torchrun(2, flags(run), "--max_restarts", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if run is disturbed:
+            wait_until(lambda: last_step(disturbed) >= 12, "step 12")
+            os.kill(children(process.pid)[1], signal.SIGKILL)
+        if process.wait(TIMEOUT):
+            return False
+        lines = [json.loads(line) for line in (folder / run.name / "log.jsonl").read_text().splitlines()]
+        resumed = [line["step"] for line in lines if line["kind"] == "resume"]
+        ends.append((end_of(folder / run.name), lines[-1]["last"]["loss"], bool(resumed)))
+    return ends[0][:2] == ends[1][:2] and not ends[0][2] and ends[1][2]
+
+
+def torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
+    """A command line that trains on several processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *more]
+    return [*launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "ffvt.train", *arguments]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of `size` bytes in memory.
+
+    Raises:
+        PermissionError: this user may not mount one.
+    """
+    place = folder / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        raise PermissionError(f"faults: a tmpfs cannot be mounted: {mounted.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def full_disk(folder: Path) -> bool:
+    """Trains where one checkpoint fits and a second does not: the run must end, and the first must load."""
+    run_in_child(options(folder, "measured"))
+    size = sum(path.stat().st_size for path in (folder / "measured" / "last").iterdir())
+    with small_disk(folder, int(1.6 * size)) as place:
+        run = options(place, "starved")
+        run_in_child(run)
+        saved = checkpoints(place / "starved")
+        return [load_checkpoint(path).facts["step"] for path in saved] == [4] and last_step(run) == STEPS
+
+
+def main() -> None:
+    """Runs every campaign, appends what came out and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="benchmarks/results/faults.jsonl")
+    arguments = parser.parse_args()
+    records = []
+    for fault, passed, tried in campaigns():
+        records.append({"benchmark": "faults", "environment": environment("cpu"), "fault": fault})
+        records[-1] |= {"passed": passed, "tried": tried}
+        print(f"{fault}: {passed}/{tried}", flush=True)
+    append_results(Path(arguments.out), records)
+
+
+def campaigns() -> Iterator[tuple[str, int, int]]:
+    """What was done to runs, how many came through, of how many."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for precision, changes in (("fp32", {}), ("bf16", {"optimizer": "adamw", "learning_rate": 1e-3})):
+            equal = killed_and_resumed(folder / precision, 20, precision=precision, **changes)
+            yield f"killed at a random step, resumed, {precision}: ends bitwise as the uninterrupted run", equal, 20
+        loadable, interrupted = killed_while_saving(folder, 50)
+        yield f"killed while saving ({interrupted} in the midst of a write): the newest checkpoint loads", loadable, 50
+        yield "one byte changed: noticed, the previous checkpoint taken", flipped_bytes(folder, 50), 50
+        yield "a worker killed under torchrun, 1 restart: the same end", int(worker_killed_under_torchrun(folder)), 1
+        yield "disk full: training goes on, the old checkpoint loads", int(full_disk(folder)), 1
+
+
+if __name__ == "__main__":
+    main()

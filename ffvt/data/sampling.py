@@ -1,0 +1,180 @@
+"""The order in which samples are drawn, and what is drawn of each: decided by (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ffvt.data.datasets import ImageSet, describe
+from ffvt.data.transforms import PLAIN, UNREADABLE, Recipe, evaluation_view, random_view
+
+log = logging.getLogger("ffvt")
+
+MAX_REPLACEMENTS = 10  # unreadable pictures drawn in a row before it is no single picture's fault
+SKIPPED = -1  # label of a picture that could not be read and is not to be counted
+
+
+class TrainingSample(NamedTuple):
+    """image (3, S, S) uint8, its label, its index in the set, jitter (4,) for `augment`, and what went wrong, or ""."""
+
+    image: Tensor
+    label: int
+    index: int
+    jitter: Tensor
+    problem: str
+
+
+class EvaluationSample(NamedTuple):
+    """image (3, S, S) uint8, its label (`SKIPPED` if it cannot be read), on_object (N,) bool, empty without a box."""
+
+    image: Tensor
+    label: int
+    on_object: Tensor
+
+
+class TrainingView(Dataset):
+    """A split under the random transforms. The key of a sample is (epoch, index), and it decides the sample alone.
+
+    A picture that cannot be read is replaced by another, which the key decides too; the sample says so.
+    """
+
+    def __init__(self, images: ImageSet, image_size: int, seed: int, recipe: Recipe = PLAIN) -> None:
+        self.images, self.image_size, self.seed, self.recipe = images, image_size, seed, recipe
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
+        epoch, index = key
+        problem = ""
+        for attempt in range(MAX_REPLACEMENTS):
+            chosen = index if attempt == 0 else mix(self.seed, epoch, index, attempt) % len(self.images)
+            try:
+                image, label = self.images[chosen]
+            except UNREADABLE as error:
+                problem = problem or f"{describe(self.images, chosen)}: {error}"
+                continue
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch, index))
+            view, jitter = random_view(image, self.image_size, self.recipe, generator)
+            return TrainingSample(view, label, chosen, jitter, problem)
+        raise ValueError(f"train: pictures must be readable; {MAX_REPLACEMENTS} in a row are not, the first {problem}")
+
+
+class EvaluationView(Dataset):
+    """A split under the deterministic transforms.
+
+    grid_size: patches along a side; where given and the set has boxes, samples tell which tokens are on the object.
+    skip_bad: pass over pictures that cannot be read (label `SKIPPED`) instead of raising ValueError.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        image_size: int,
+        recipe: Recipe = PLAIN,
+        grid_size: int = 0,
+        skip_bad: bool = False,
+    ) -> None:
+        self.images, self.image_size, self.recipe = images, image_size, recipe
+        self.grid_size, self.skip_bad = grid_size, skip_bad
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> EvaluationSample:
+        try:
+            image, label = self.images[index]
+        except UNREADABLE as error:
+            if not self.skip_bad:
+                raise ValueError(f"evaluate: {describe(self.images, index)} cannot be read: {error}") from error
+            log.warning("evaluate: %s cannot be read and is not counted: %s", describe(self.images, index), error)
+            image, label = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), SKIPPED
+        view = evaluation_view(image, self.image_size, self.recipe)
+        return EvaluationSample(view, label, self._on_object(index, image.shape[-1]))
+
+    def _on_object(self, index: int, side: int) -> Tensor:
+        """Which tokens overlap the object's box, the class token never: (1 + grid_size**2,), or nothing."""
+        box = getattr(self.images, "relative_box", None) if self.grid_size else None
+        found = box(index) if box else None
+        if found is None:
+            return torch.zeros(0, dtype=torch.bool)
+        start, patch = (side - self.image_size) // 2, self.image_size / self.grid_size
+        left, top, right, bottom = (edge * side - start for edge in found)
+        edges = torch.arange(self.grid_size) * patch
+        columns, rows = ((edges < high) & (edges + patch > low) for low, high in ((left, right), (top, bottom)))
+        return torch.cat([torch.zeros(1, dtype=torch.bool), (rows[:, None] & columns).flatten()])
+
+
+class StepSampler(Sampler):
+    """For each step, the keys (epoch, index) of one rank's batch.
+
+    The training stream is one permutation of the data after the other; all ranks together take its samples
+    [start + t*G, start + (t+1)*G) in their t-th step, with G = batch_size * world_size, and rank r the r-th part of
+    them. So the global order does not depend on the number of ranks, no sample is dropped, and a batch may hold the end
+    of one epoch and the start of the next. `start` is how many samples an interrupted run had drawn.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ) -> None:
+        self.num_samples, self.batch_size, self.num_steps, self.seed = num_samples, batch_size, num_steps, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.num_steps):
+            first = self.start + (step * self.world_size + self.rank) * self.batch_size
+            yield [self._key(position) for position in range(first, first + self.batch_size)]
+
+    def _key(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch, -1))
+            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=generator)
+        return epoch, int(self._order[offset])
+
+
+def split_off(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices kept and indices split off: `share` of every class, rounded, but never a class's last image.
+
+    Raises:
+        ValueError: share is not in (0, 1), or so small that nothing is split off.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"val_split must be in (0, 1); got val_split={share}")
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
+    off: set[int] = set()
+    for label, indices in members.items():
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(mix(seed, label, -2)))
+        off.update(indices[i] for i in order[: min(round(share * len(indices)), len(indices) - 1)].tolist())
+    if not off:
+        raise ValueError(f"val_split must split off at least one of {len(labels)} images; got val_split={share}")
+    return [i for i in range(len(labels)) if i not in off], sorted(off)
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, so that neighbouring numbers give unrelated seeds (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & (2**64 - 1))) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,109 @@
+"""What a run tells while it runs: log.jsonl always, a bar on a terminal, TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+log = logging.getLogger("ffvt")
+
+LOG_FILE = "log.jsonl"
+
+
+class RunLog:
+    """One JSON object per line, on the main rank only. A number that is not finite is written as null.
+
+    A log that cannot be written (a full disk) costs a warning, not the run.
+
+    Args:
+        folder: of the run; made if missing.
+        name, num_steps: for the bar.
+        goes_on: append to the log there is, after the step `start`; else it starts anew.
+        enabled: False on all ranks but the main one: nothing is written.
+        tensorboard: write TensorBoard's event files too.
+
+    Raises:
+        OSError: the log cannot be opened. ImportError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, num_steps: int, start: int, goes_on: bool, enabled: bool, tensorboard: bool
+    ) -> None:
+        self.file = self.board = None
+        self.failed = False
+        if enabled:
+            folder.mkdir(parents=True, exist_ok=True)
+            if goes_on:
+                _drop_unfinished_line(folder / LOG_FILE)
+            self.file = (folder / LOG_FILE).open("a" if goes_on else "w")
+            self.board = _summary_writer(folder) if tensorboard else None
+        shown = enabled and sys.stderr.isatty()
+        self.progress = tqdm(total=num_steps, initial=start, desc=name, disable=not shown)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One line of a kind."""
+        if not self.file:
+            return
+        line = json.dumps({"kind": kind, **_finite(values)}, allow_nan=False)
+        try:
+            print(line, file=self.file, flush=True)
+            if self.board and "step" in values:
+                _add_scalars(self.board, kind, values, values["step"])
+        except OSError as error:
+            if not self.failed:
+                log.warning("the log cannot be written, training goes on without it: %s", error)
+            self.failed = True
+
+    def advance(self) -> None:
+        """One step done."""
+        self.progress.update()
+
+    def show(self, **values: str) -> None:
+        """Short figures beside the bar."""
+        self.progress.set_postfix(**values)
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        self.progress.close()
+        try:
+            for stream in (self.file, self.board):
+                if stream:
+                    stream.close()
+        except OSError as error:
+            log.warning("the log could not be finished: %s", error)
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """A killed run may have left half a line at the end of its log."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter(str(folder))
+
+
+def _add_scalars(board: Any, prefix: str, values: dict[str, Any], step: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _add_scalars(board, f"{prefix}/{name}", value, step)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+            board.add_scalar(f"{prefix}/{name}", value, step)

@@ -1,0 +1,108 @@
+"""The authors' four commands and the recipes: on their layouts, alone, on two processes and on two nodes."""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import faults
+from ffvt.report.demo import RECIPE
+from ffvt.train.__main__ import main
+from ffvt.train.options import parse_training_flags
+from tests.layout_fixtures import LAYOUT_WRITERS
+from tests.test_train import AUTHORS_COMMANDS, read_log
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SETS = {"cotton": "cotton", "soyloc": "soyloc", "CUB": "CUB", "dogs": "CUB"}  # what the commands name, as printed
+# Only what makes a step quick changes: a narrow, shallow model, one image a batch, the small fixtures.
+QUICK = "--num_steps 20 --eval_every 10 --train_batch_size 2 --embed_dim 24 --depth 3 --num_heads 2 --mlp_dim 24 "
+QUICK += "--device cpu --workers 0 --log_every 5"
+
+
+def recipe_flags(name):
+    """FLAGS of a recipe, without running it."""
+    tree = ast.parse((RECIPES / f"{name}.py").read_text())
+    value = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "FLAGS")
+    return ast.literal_eval(value).split()
+
+
+def quick(name, data_root, folder):
+    """An authors' command, unchanged but for its weights file, with what makes it quick behind it."""
+    flags = AUTHORS_COMMANDS[name].replace("--pretrained_dir P ", "").split()
+    return [*flags, *QUICK.split(), "--data_root", str(data_root), "--output_dir", str(folder)]
+
+
+def check(folder):
+    lines = read_log(folder / "N")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [5, 10, 15, 20]
+    assert all(line["loss"] > 0 for line in lines if line["kind"] == "train")
+    assert lines[-1]["kind"] == "end"
+    assert lines[-1]["last"]["count"] == 3
+    assert lines[-1]["last"]["selection"]["class_token_rate"] >= 0
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", AUTHORS_COMMANDS)
+def test_the_authors_commands_train_alone(name, tmp_path):
+    data_root = LAYOUT_WRITERS[SETS[name]](tmp_path / "data")
+    assert main(quick(name, data_root, tmp_path)) == 0
+    facts = check(tmp_path)
+    assert facts["options"]["fp16"]
+    assert facts["classes"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AUTHORS_COMMANDS)
+def test_the_authors_commands_train_on_two_processes(name, tmp_path):
+    data_root = LAYOUT_WRITERS[SETS[name]](tmp_path / "data")
+    command = faults.torchrun(2, quick(name, data_root, tmp_path))
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert check(tmp_path)["world_size"] == 2
+
+
+def test_two_nodes_meet_through_torchruns_rendezvous(tmp_path):
+    data_root = LAYOUT_WRITERS["cotton"](tmp_path / "data")
+    port = "29731"
+    nodes = []
+    for node in range(2):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node)]
+        launcher += ["--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", port]
+        command = [*launcher, "-m", "ffvt.train", *quick("cotton", data_root, tmp_path)]
+        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert check(tmp_path)["world_size"] == 2
+    assert ["last: top-1" in out for out, _ in said] == [True, False]  # the main rank speaks
+
+
+@pytest.mark.parametrize("name", ["cub", "dogs", "cotton", "soyloc"])
+def test_recipes_are_the_authors_commands(name):
+    ours = parse_training_flags(recipe_flags(name))
+    theirs = parse_training_flags(AUTHORS_COMMANDS["CUB" if name == "cub" else name].split())
+    free = {"name": name, "pretrained_dir": "", "cache_dir": "cache"}
+    if name == "dogs":
+        free["dataset"] = "dog"  # printed as CUB
+    assert ours == replace(theirs, **free)
+    assert "Accuracy:" in (RECIPES / f"{name}.py").read_text()
+
+
+def test_the_partbirds_recipe_is_the_demo():
+    assert parse_training_flags(recipe_flags("partbirds")) == replace(RECIPE, name="partbirds")
+
+
+def test_a_recipe_runs_with_flags_behind_it(tmp_path):
+    data_root = LAYOUT_WRITERS["dog"](tmp_path / "data")
+    more = [*QUICK.split(), "--img_size", "64", "--resize_size", "80", "--num_token", "3", "--precision", "fp16"]
+    command = [sys.executable, str(RECIPES / "dogs.py"), *more, "--data_root", str(data_root)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    log = (tmp_path / "output" / "dogs" / "log.jsonl").read_text().splitlines()
+    end = json.loads(log[-1])
+    assert end["last"]["count"] == 3
+    assert 0 <= end["last"]["selection"]["hit_rate"] <= 1  # of the annotations' boxes
+    assert any(path.is_dir() for path in (tmp_path / "cache").iterdir())
