@@ -12,6 +12,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("maws_select_forward", &ffvt::maws_select_forward, without_gil);
   module.def("gather_tokens_forward", &ffvt::gather_tokens_forward, without_gil);
   module.def("gather_tokens_backward", &ffvt::gather_tokens_backward, without_gil);
+  module.def("augment", &ffvt::augment, without_gil);
   module.def("multiplies_bf16", &ffvt::multiplies_bf16,
              "Whether bf16 is multiplied by instructions for it; else it is widened to fp32.");
 }

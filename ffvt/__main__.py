@@ -120,10 +120,10 @@ def plan(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-def plot(arguments: argparse.Namespace) -> None:
+def plot(arguments: argparse.Namespace) -> int:
     from ffvt.report.comparison import run
 
-    run(arguments)
+    return run(arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -165,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command = add(plot, "compare training runs in one picture")
     command.add_argument("--output", default="comparison.png", help="PNG to write (default: comparison.png)")
-    command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
     add_plan_flags(add(plan, "predict the largest batch and the images per second of training"))
     command = add(doctor, "check a data set on disk: layout, counts, pictures, duplicates, leaks")
     command.add_argument("--dataset", required=True, help="name of the data set, as in training")

@@ -58,7 +58,7 @@ def test_the_operators_tests_pass_with_each_capability_forced(capability):
     shown = "import ffvt; print(ffvt.info()['extension']['capability'], ffvt.info()['devices']['cpu']['serves'])"
     serving = "torch" if capability == "default" else "cpp"  # the portable kernels serve only where they are forced
     assert run_python(shown, forced(capability)) == f"{capability} {serving}"
-    files = [f"tests/test_{name}.py" for name in ("maws_attention", "gather_tokens", "cpp_kernels")]
+    files = [f"tests/test_{name}.py" for name in ("maws_attention", "gather_tokens", "cpp_kernels", "datasets")]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cpp and not slow", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=forced(capability), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]

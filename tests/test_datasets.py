@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from ffvt.data import cache
+from ffvt.data import cache, transforms
 from ffvt.data.cache import cache_key, open_cached
 from ffvt.data.datasets import DATASETS, ImageSubset, open_split
 from ffvt.data.layouts import read_listing
@@ -163,27 +163,34 @@ def reference_jitter(image, jitter, recipe):
 
 
 @pytest.mark.parametrize("name", ["CUB", "car", "cifar10"])
-def test_the_batched_chain_is_torchvisions(name):
+@pytest.mark.parametrize("served_by", ["cpp", "pytorch"])
+@pytest.mark.parametrize("side", [20, 83])
+def test_the_batched_chain_is_torchvisions(name, served_by, side, monkeypatch):
+    if served_by == "pytorch":
+        monkeypatch.setattr(transforms, "_kernels", lambda: None)
+    elif not transforms._kernels():
+        pytest.skip("the C++ kernels are not built")
     recipe, generator = RECIPES[name], torch.Generator().manual_seed(3)
-    images = torch.randint(0, 256, (24, 3, 20, 20), dtype=torch.uint8)
+    images = torch.randint(0, 256, (24, 3, side, side), dtype=torch.uint8)
     jitter = torch.stack([draw_jitter(recipe.jitter, generator) for _ in images])
     expected = torch.stack([reference_jitter(image, one, recipe) for image, one in zip(images, jitter)])
-    torch.testing.assert_close(augment(images, jitter, recipe), expected, rtol=1e-5, atol=1e-5)
+    assert len(set(jitter[:, 3].tolist())) == (6 if recipe.jitter else 1)
+    found = augment(images, jitter, recipe)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    reused = augment(images.flip(0), jitter.flip(0), recipe, out=found)
+    torch.testing.assert_close(reused.flip(0), expected, rtol=1e-5, atol=2e-5)
+    assert (reused.data_ptr() == found.data_ptr()) == (served_by == "cpp")
+    other = augment(images[:5].transpose(2, 3), None, recipe, out=found)  # strided, and of another shape
+    torch.testing.assert_close(
+        other, torch.stack([reference_jitter(i, None, replace(recipe, jitter=0.0)) for i in images[:5].transpose(2, 3)])
+    )
     torch.testing.assert_close(normalize(images, recipe), normalize(images, replace(recipe, jitter=0.0)))
 
 
-def test_the_chain_for_whole_batches_is_that_for_single_images():
-    """The form that runs on a GPU, here on a CPU."""
-    from ffvt.data.transforms import _jitter_batch_, _jitter_image_
-
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randint(0, 256, (24, 3, 20, 20)).float()
-    jitter = torch.stack([draw_jitter(0.4, generator) for _ in images])
-    together = images.clone()
-    _jitter_batch_(together, jitter)
-    for image, one in zip(images, jitter):
-        _jitter_image_(image, one.tolist())
-    torch.testing.assert_close(together, images, rtol=1e-5, atol=1e-3)
+def test_an_order_that_is_none_is_refused():
+    if transforms._kernels():
+        with pytest.raises(ValueError, match=r"orders must be 0 to 5; got \[6\.0\]"):
+            augment(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([[1.0, 1.0, 1.0, 6.0]]), RECIPES["CUB"])
 
 
 @pytest.mark.gpu

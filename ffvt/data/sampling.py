@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ffvt.data.datasets import ImageSet, describe
 from ffvt.data.transforms import PLAIN, UNREADABLE, Recipe, evaluation_view, random_view
@@ -20,7 +20,7 @@ SKIPPED = -1  # label of a picture that could not be read and is not to be count
 
 
 class TrainingSample(NamedTuple):
-    """image (3, S, S) uint8, its label, its index in the set, jitter (4,) for `augment`, and what went wrong, or ""."""
+    """image (3, S, S) uint8, perhaps a view; label; index; jitter (4,) for `augment`; what went wrong, or ""."""
 
     image: Tensor
     label: int
@@ -37,10 +37,21 @@ class EvaluationSample(NamedTuple):
     on_object: Tensor
 
 
+class TrainingBatch(NamedTuple):
+    """Samples side by side: image (B, 3, S, S) uint8, label (B,), index (B,), jitter (B, 4), the problems as a list."""
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+    jitter: Tensor
+    problem: list[str]
+
+
 class TrainingView(Dataset):
     """A split under the random transforms. The key of a sample is (epoch, index), and it decides the sample alone.
 
-    A picture that cannot be read is replaced by another, which the key decides too; the sample says so.
+    A picture that cannot be read is replaced by another, which the key decides too; the sample says so. A loader gets
+    whole batches (`collate_fn=batch_as_it_is`): each view is written where it stays.
     """
 
     def __init__(self, images: ImageSet, image_size: int, seed: int, recipe: Recipe = PLAIN) -> None:
@@ -48,6 +59,19 @@ class TrainingView(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> TrainingBatch:
+        shape = (len(keys), 3, self.image_size, self.image_size)
+        images = torch.empty(shape, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images = images.share_memory_()  # before it is filled, so that the way to the trainer costs no copy
+        rest = []
+        for row, key in zip(images, keys):
+            image, *others = self[key]
+            row.copy_(image)
+            rest.append(others)
+        labels, indices, jitter, problems = zip(*rest)
+        return TrainingBatch(images, torch.tensor(labels), torch.tensor(indices), torch.stack(jitter), list(problems))
 
     def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
@@ -63,6 +87,11 @@ class TrainingView(Dataset):
             view, jitter = random_view(image, self.image_size, self.recipe, generator)
             return TrainingSample(view, label, chosen, jitter, problem)
         raise ValueError(f"train: pictures must be readable; {MAX_REPLACEMENTS} in a row are not, the first {problem}")
+
+
+def batch_as_it_is(batch: TrainingBatch) -> TrainingBatch:
+    """The collate function of a loader whose data set makes batches."""
+    return batch
 
 
 class EvaluationView(Dataset):

@@ -8,9 +8,11 @@ same whatever the worker, the rank or the batch it lands in.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -98,11 +100,11 @@ def random_view(image: Tensor, size: int, recipe: Recipe, generator: torch.Gener
 
 
 def random_crop_flip(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random size x size crop of (3, R, R), mirrored half of the time, in memory of its own."""
+    """A random size x size crop of (3, R, R), a view of it, or mirrored half of the time, a copy."""
     room = image.shape[-1] - size
     top, left = torch.randint(room + 1, (2,), generator=generator).tolist()
     crop = image[:, top : top + size, left : left + size]
-    return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop.contiguous()
+    return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
 
 
 def _resized_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -133,26 +135,36 @@ def evaluation_view(image: Tensor, size: int, recipe: Recipe) -> Tensor:
     return center_crop(image, size)
 
 
-def augment(images: Tensor, jitter: Tensor | None, recipe: Recipe) -> Tensor:
+def augment(images: Tensor, jitter: Tensor | None, recipe: Recipe, out: Tensor | None = None) -> Tensor:
     """Colour jitter and normalisation of a batch, on the device where it is: uint8 (B, 3, S, S) to fp32.
 
-    jitter: (B, 4) from `random_view`, on the CPU or the images' device; None for none, as in evaluation.
+    jitter: (B, 4) from `random_view`, on the CPU or the images' device; None for none, as in evaluation. out: an
+    earlier result that nobody needs any more; the C++ kernel, which serves CPUs, writes over it where the shape fits,
+    as fresh memory costs more than the arithmetic.
     """
     device = images.device
-    scale, shift = (values.to(device) for values in _normalisation(recipe))
+    scale, shift = _normalisation(recipe)
     jitter = jitter if recipe.jitter else None
-    if device.type != "cpu":
-        result = images.float()
-        if jitter is not None:
-            _jitter_batch_(result, jitter.to(device, non_blocking=True))
-        return result.mul_(scale).add_(shift)
-    result = torch.empty(images.shape, dtype=torch.float32)
-    for i, image in enumerate(result):  # one image after the other stays in the CPU's cache
-        image.copy_(images[i])
-        if jitter is not None:
-            _jitter_image_(image, jitter[i].tolist())
-        image.mul_(scale).add_(shift)
-    return result
+    if device.type == "cpu" and _kernels():
+        fits = out is not None and out.shape == images.shape
+        result = out if fits else torch.empty(images.shape, dtype=torch.float32)
+        rows = torch.empty(0) if jitter is None else jitter.contiguous()
+        _kernels().augment(images.contiguous(), rows, scale.flatten(), shift.flatten(), result)
+        return result
+    result = images.float()
+    if jitter is not None:
+        _jitter_(result, jitter.to(device, non_blocking=True))
+    return result.mul_(scale.to(device)).add_(shift.to(device))
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The C++ kernels, where they are built."""
+    try:
+        from ffvt.kernels import cpp_path
+    except ImportError:
+        return None
+    return None if cpp_path.missing() else cpp_path
 
 
 def normalize(images: Tensor, recipe: Recipe = PLAIN) -> Tensor:
@@ -166,26 +178,8 @@ def _normalisation(recipe: Recipe) -> tuple[Tensor, Tensor]:
     return 1 / (255 * std), -mean / std
 
 
-def _jitter_image_(image: Tensor, jitter: list[float]) -> None:
-    """(3, S, S) fp32 in [0, 255], changed in place: blends with black, the mean grey and the grey, in this order's."""
-    red, green, blue = image
-    for kind in ORDERS[int(jitter[3])]:
-        factor = jitter[kind]
-        weights = [(1 - factor) * weight for weight in GREY]
-        if kind == 1:
-            means = image.mean((1, 2)).tolist()
-            image.mul_(factor).add_(sum(weight * mean for weight, mean in zip(weights, means)))
-        elif kind == 2:
-            grey = (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])
-            image.mul_(factor).add_(grey)
-        else:
-            image.mul_(factor)
-        if factor > 1:  # else a blend stays between what it blends
-            image.clamp_(0, 255)
-
-
-def _jitter_batch_(images: Tensor, jitter: Tensor) -> None:
-    """The same for (B, 3, S, S), all images at once: what each one is blended with is chosen by its own order."""
+def _jitter_(images: Tensor, jitter: Tensor) -> None:
+    """(B, 3, S, S) fp32 in [0, 255], changed in place: blends with black, the mean grey and the grey, each clamped."""
     weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
     orders = torch.tensor(ORDERS, device=images.device)[jitter[:, 3].long()]  # (B, 3)
     for stage in range(3):

@@ -117,6 +117,13 @@ def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
     return kernels().gather_tokens_forward(x, index)
 
 
+def augment(images: Tensor, jitter: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """Colour jitter and normalisation of uint8 pictures into `out`; see csrc/kernels.h and ffvt/data/transforms.py."""
+    if jitter.numel() and not bool(((jitter[:, 3] >= 0) & (jitter[:, 3] < 6)).all()):
+        raise ValueError(f"augment: orders must be 0 to 5; got {jitter[:, 3].tolist()}")
+    kernels().augment(images, jitter, scale, shift, out)
+
+
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum."""
     check_index_range(index, num_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_FILE = "log.jsonl"
+ENDS = ("end", "stop")
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,35 @@ class Run:
     lines: list[dict[str, Any]]
 
     def series(self, kind: str, key: str, **equal: Any) -> list[tuple[int, float]]:
-        """(step, value) of every line of a kind that has a value for the key; "a.b" is b inside of a."""
+        """(step, value) of every line of a kind that has a finite number for the key; "a.b" is b inside of a."""
         found = []
         for line in self.lines:
             if line["kind"] == kind and all(line.get(name) == value for name, value in equal.items()):
-                value: Any = line
-                for part in key.split("."):
-                    value = value.get(part) if isinstance(value, dict) else None
-                if value is not None:
-                    found.append((line["step"], value))
+                step, value = line.get("step"), number_in(line, key)
+                if isinstance(step, int) and value is not None:
+                    found.append((step, value))
         return found
+
+    def steps(self, kind: str) -> list[int]:
+        """The steps of the lines of a kind."""
+        return [step for step, _ in self.series(kind, "step")]
+
+    @property
+    def chosen_on(self) -> str | None:
+        """The split that the best model is chosen on: "val" where the run has one. None without evaluations."""
+        splits = [line.get("split") for line in self.lines if line["kind"] == "evaluate" and not line.get("model")]
+        return "val" if "val" in splits else next(iter(splits), None)
+
+    def during(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of the evaluations during training, of the one split that the best model is chosen on."""
+        return self.series("evaluate", key, split=self.chosen_on, model=None)
+
+
+def number_in(line: Any, key: str) -> float | None:
+    """The finite number at a key, "a.b" being b inside of a; None where there is none."""
+    for part in key.split("."):
+        line = line.get(part) if isinstance(line, dict) else None
+    return line if isinstance(line, (int, float)) and math.isfinite(line) else None
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -45,30 +67,71 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"plot: a run must have a {LOG_FILE}; got {str(path)!r}")
     lines: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").split("\n")
+    texts = path.read_bytes().split(b"\n")  # bytes: one line that is not UTF-8 must not hide which one it is
     for number, text in enumerate(texts, start=1):
-        if not text:
+        if not text.strip():
             continue
         try:
-            line = json.loads(text)
-            kind = line["kind"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            line = _parse(text)
+        except ValueError as error:
             if number == len(texts):
                 break
-            raise ValueError(f"plot: every line must be a JSON object with a kind; got {path}:{number}") from error
-        if kind == "resume":
-            lines = [earlier for earlier in lines if earlier.get("step", 0) <= line["step"]]
+            raise ValueError(f"plot: every line must be {error}; got {path}:{number}") from error
+        if line["kind"] == "resume":
+            lines = [earlier for earlier in lines if not _is_superseded(earlier, line["step"])]
         lines.append(line)
     return lines
 
 
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(text.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError("a JSON object with a kind") from error
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        raise ValueError("a JSON object with a kind")
+    if line["kind"] == "resume" and not isinstance(line.get("step"), int):
+        raise ValueError("a JSON object, with a step where its kind is resume")
+    return line
+
+
+def _is_superseded(line: dict[str, Any], resumed_at: int) -> bool:
+    """Whether a run that went on from a step makes this earlier line again; an end is one no more in any case."""
+    return line["kind"] in ENDS or (isinstance(line.get("step"), int) and line["step"] > resumed_at)
+
+
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """The runs in these folders, each by its name, or by its folder where two have one name.
+    """The runs in these folders, each by its name, with its folder where two have one name.
+
+    A folder that is given twice counts once.
 
     Raises:
         FileNotFoundError, ValueError: as `read_log`.
     """
-    logs = [read_log(path) for path in paths]
-    names = [next((line["options"]["name"] for line in log if line["kind"] == "run"), "") for log in logs]
-    often = Counter(names)
-    return [Run(name if name and often[name] == 1 else str(path), log) for name, path, log in zip(names, paths, logs)]
+    folders = list({folder.resolve(): folder for folder in reversed([_folder(path) for path in paths])}.values())[::-1]
+    logs = [read_log(folder) for folder in folders]
+    names = [_name(log) or folder.name for log, folder in zip(logs, folders)]
+    return [Run(label, log) for label, log in zip(_labels(names, folders), logs)]
+
+
+def _folder(path: str | Path) -> Path:
+    """Of a run, absolute; a log of another name stands for itself."""
+    path = Path(os.path.abspath(path))
+    return path.parent if path.name == LOG_FILE and path.is_file() else path
+
+
+def _name(log: Sequence[dict[str, Any]]) -> str:
+    options = next((line.get("options") for line in log if line["kind"] == "run"), None)
+    name = options.get("name") if isinstance(options, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _labels(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Names; those that are not alone with as many last parts of their folder as tell them apart."""
+    labels = list(names)
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1 if folders else 0):
+        often = Counter(labels)
+        for i, label in enumerate(labels):
+            if often[label] > 1:
+                labels[i] = f"{names[i]} ({Path(*folders[i].parts[-depth:])})"
+    return labels

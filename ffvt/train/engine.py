@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ffvt.data.datasets import describe
-from ffvt.data.sampling import EvaluationView, StepSampler, TrainingSample
+from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, batch_as_it_is
 from ffvt.model.cost import flops_per_image
 from ffvt.model.ffvt import FFVT
 from ffvt.train.checkpoint import SAVE_ERRORS, load_checkpoint, load_state, save_checkpoint
@@ -155,7 +155,7 @@ class _Run:
                 return True
         return False
 
-    def _batches(self) -> Iterator[TrainingSample]:
+    def _batches(self) -> Iterator[TrainingBatch]:
         options, state, world = self.options, self.state, self.world
         sampler = StepSampler(
             len(self.views.training),
@@ -174,6 +174,7 @@ class _Run:
                 num_workers=options.workers,
                 pin_memory=world.device.type == "cuda",
                 prefetch_factor=options.prefetch if options.workers else None,
+                collate_fn=batch_as_it_is,
                 worker_init_fn=_ignore_sigterm,
                 generator=own,
             )

@@ -47,6 +47,7 @@ class TrainState:
         self.scaler = make_scaler(options, world)
         self.meter = Meter(world.device)
         self.step = self.samples = self.skipped = self.skipped_in_a_row = self.best_step = 0
+        self.pixels: Tensor | None = None  # of the batch at hand
         self.last: Score | None = None
         self.best: Score | None = None
         seed_everything(options.seed + world.rank)  # the weights are the same on every rank, the dropout masks are not

@@ -45,9 +45,10 @@ def training_step(
     for part, some in enumerate(torch.arange(len(images)).chunk(parts)):
         rows = slice(int(some[0]), int(some[-1]) + 1)
         with nullcontext() if part == parts - 1 else gradients_stay_local(state.parallel):
-            view = augment(images[rows], None if jitter is None else jitter[rows], recipe)
+            some_jitter = None if jitter is None else jitter[rows]
+            state.pixels = augment(images[rows], some_jitter, recipe, out=state.pixels)
             with autocast(world.device, options.autocast_precision):
-                logits = state.parallel(view)
+                logits = state.parallel(state.pixels)
             part_loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=options.smoothing_value) / parts
             state.scaler.scale(part_loss).backward()
         loss += part_loss.detach()

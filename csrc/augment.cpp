@@ -1,0 +1,126 @@
+// Colour jitter and normalisation of uint8 pictures.
+//
+// What: per picture three blends in an order of its own, each clamped to [0, 255]: with black (brightness), with the
+// mean
+//   grey (contrast), with the grey (saturation); then x * scale + shift per channel.
+// How: one pass over the pixels, all blends in registers. The mean grey is that after the blends before it, so a pass
+//   that only adds goes first. The loops are compiled for each of the six orders.
+// Memory: none but the result.
+// Limits: uint8 (B, 3, H, W) to fp32, both contiguous.
+// Source: torchvision's ColorJitter (adjust_brightness, adjust_contrast, adjust_saturation on fp32).
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+
+#include "kernels.h"
+
+namespace ffvt {
+namespace {
+
+constexpr float kRed = 0.2989f, kGreen = 0.587f, kBlue = 0.114f;  // ITU-R 601, as torchvision has them
+constexpr int64_t kBlock = 4096;                                  // pixels whose greys are added in fp32
+
+enum Blend { kBrightness, kContrast, kSaturation, kNone };
+
+struct Picture {
+  const uint8_t* from;  // three planes
+  float* to;
+  int64_t pixels;
+  const float* factors;  // of brightness, contrast, saturation
+  const float *scale, *shift;
+};
+
+inline float clamp(float x) { return std::min(std::max(x, 0.0f), 255.0f); }
+inline float grey(float r, float g, float b) { return kRed * r + kGreen * g + kBlue * b; }
+
+template <Blend blend>
+inline void apply(float& r, float& g, float& b, const float* factors, float mean) {
+  if constexpr (blend != kNone) {
+    const float factor = factors[blend];
+    const float other = blend == kBrightness ? 0.0f : (1.0f - factor) * (blend == kContrast ? mean : grey(r, g, b));
+    r = clamp(factor * r + other);
+    g = clamp(factor * g + other);
+    b = clamp(factor * b + other);
+  }
+}
+
+// The mean grey after two blends, which may be none.
+template <Blend first, Blend second>
+float mean_grey(const Picture& p) {
+  const uint8_t *red = p.from, *green = red + p.pixels, *blue = green + p.pixels;
+  const std::array<float, 3> factors = {p.factors[0], p.factors[1], p.factors[2]};
+  double total = 0;
+  for (int64_t start = 0; start < p.pixels; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, p.pixels);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < end; ++i) {
+      float r = red[i], g = green[i], b = blue[i];
+      apply<first>(r, g, b, factors.data(), 0);
+      apply<second>(r, g, b, factors.data(), 0);
+      sum += grey(r, g, b);
+    }
+    total += sum;
+  }
+  return static_cast<float>(total / p.pixels);
+}
+
+template <Blend first, Blend second, Blend third>
+void augment_picture(const Picture& p) {
+  float mean = 0;
+  if constexpr (first == kContrast) {
+    mean = mean_grey<kNone, kNone>(p);
+  } else if constexpr (second == kContrast) {
+    mean = mean_grey<first, kNone>(p);
+  } else if constexpr (third == kContrast) {
+    mean = mean_grey<first, second>(p);
+  }
+  const uint8_t *red = p.from, *green = red + p.pixels, *blue = green + p.pixels;
+  float *out_red = p.to, *out_green = out_red + p.pixels, *out_blue = out_green + p.pixels;
+  const std::array<float, 3> factors = {p.factors[0], p.factors[1], p.factors[2]};
+  const std::array<float, 3> scale = {p.scale[0], p.scale[1], p.scale[2]};
+  const std::array<float, 3> shift = {p.shift[0], p.shift[1], p.shift[2]};
+#pragma omp simd
+  for (int64_t i = 0; i < p.pixels; ++i) {
+    float r = red[i], g = green[i], b = blue[i];
+    apply<first>(r, g, b, factors.data(), mean);
+    apply<second>(r, g, b, factors.data(), mean);
+    apply<third>(r, g, b, factors.data(), mean);
+    out_red[i] = r * scale[0] + shift[0];
+    out_green[i] = g * scale[1] + shift[1];
+    out_blue[i] = b * scale[2] + shift[2];
+  }
+}
+
+using Function = void (*)(const Picture&);
+// In the order of Python's itertools.permutations.
+constexpr std::array<Function, 6> kOrders = {
+    augment_picture<kBrightness, kContrast, kSaturation>, augment_picture<kBrightness, kSaturation, kContrast>,
+    augment_picture<kContrast, kBrightness, kSaturation>, augment_picture<kContrast, kSaturation, kBrightness>,
+    augment_picture<kSaturation, kBrightness, kContrast>, augment_picture<kSaturation, kContrast, kBrightness>,
+};
+
+}  // namespace
+
+void augment(const at::Tensor& images, const at::Tensor& jitter, const at::Tensor& scale, const at::Tensor& shift,
+             const at::Tensor& out) {
+  const int64_t count = images.size(0), pixels = images.size(2) * images.size(3);
+  const bool jittered = jitter.numel() > 0;
+  const auto* from = images.const_data_ptr<uint8_t>();
+  const auto* rows = jittered ? jitter.const_data_ptr<float>() : nullptr;
+  const auto *scales = scale.const_data_ptr<float>(), *shifts = shift.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  constexpr std::array<float, 3> kUnchanged = {1, 1, 1};
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      const float* row = jittered ? rows + 4 * image : kUnchanged.data();
+      const Picture picture{from + 3 * pixels * image, to + 3 * pixels * image, pixels, row, scales, shifts};
+      const Function function = jittered ? kOrders[static_cast<int>(row[3])] : augment_picture<kNone, kNone, kNone>;
+      function(picture);
+    }
+  });
+}
+
+}  // namespace ffvt
