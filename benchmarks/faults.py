@@ -160,9 +160,9 @@ def flipped_bytes(folder: Path, count: int, seed: int = 0) -> int:
     return noticed * (newest_whole(folder / "flipped") == newest)
 
 
-def worker_killed_under_torchrun(folder: Path) -> bool:
+def worker_killed_under_torchrun(folder: Path, at_step: int = 12, **changes: Any) -> bool:
     """Kills one of two workers; torchrun starts both again, and the end must be that of an undisturbed run."""
-    changes = {"num_steps": 40, "save_every": 5, "resume": ""}
+    changes = {"num_steps": 40, "save_every": 5, "resume": "", **changes}
     undisturbed = options(folder, "undisturbed", **changes)
     disturbed = options(folder, "disturbed", **changes)
     ends = []
@@ -171,14 +171,16 @@ def worker_killed_under_torchrun(folder: Path) -> bool:
             torchrun(2, flags(run), "--max_restarts", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if run is disturbed:
-            wait_until(lambda: last_step(disturbed) >= 12, "step 12")
+            wait_until(lambda: 0 < at_step <= last_step(disturbed) < disturbed.num_steps, f"step {at_step}")
             os.kill(children(process.pid)[1], signal.SIGKILL)
         if process.wait(TIMEOUT):
             return False
         lines = [json.loads(line) for line in (folder / run.name / "log.jsonl").read_text().splitlines()]
+        starts = [line["kind"] for line in lines].count("run")  # of those that the log still has
         resumed = [line["step"] for line in lines if line["kind"] == "resume"]
-        ends.append((end_of(folder / run.name), lines[-1]["last"]["loss"], bool(resumed)))
-    return ends[0][:2] == ends[1][:2] and not ends[0][2] and ends[1][2]
+        ends.append((end_of(folder / run.name), lines[-1]["last"]["loss"], starts, bool(resumed)))
+    has_checkpoint = at_step >= changes["save_every"]
+    return ends[0][:2] == ends[1][:2] and ends[1][2:] == ((2, True) if has_checkpoint else (1, False))
 
 
 def torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:

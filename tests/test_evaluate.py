@@ -93,6 +93,23 @@ def test_the_statistics_of_the_picks_are_those_of_a_slow_count():
     assert score.top1 == right / 11
 
 
+def test_images_without_a_box_and_unreadable_ones_are_left_out_of_the_hit_rate():
+    class Some(PartBirds):
+        def __getitem__(self, index):
+            if index == 3:
+                raise ValueError("truncated")
+            return super().__getitem__(index)
+
+        def relative_box(self, index):
+            return None if index % 2 else super().relative_box(index)
+
+    some, model = Some("test", "easy", size=9), tiny_model(num_classes=9)
+    found = evaluate(model, EvaluationView(some, 64, grid_size=4, skip_bad=True), ALONE, 4)
+    study = study_selection(model, PartBirds("test", "easy", size=9), 9)
+    assert found.count == 8
+    assert found.selection.hit_rate == pytest.approx(hit_rate(study.index[::2], study.on_mark[::2]).mean().item())
+
+
 def test_without_boxes_there_is_no_hit_rate_and_without_fusion_no_picks():
     images = PartBirds("test", "easy", size=4)
     view = EvaluationView(images, 64)  # no grid: nothing is known of the boxes

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,7 +68,9 @@ def test_the_authors_commands_train_on_two_processes(name, tmp_path):
 
 def test_two_nodes_meet_through_torchruns_rendezvous(tmp_path):
     data_root = LAYOUT_WRITERS["cotton"](tmp_path / "data")
-    port = "29731"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
     nodes = []
     for node in range(2):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node)]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
@@ -139,7 +140,7 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_made_again(tmp_path,
     train(faults.options(tmp_path, "run"))
     assert "step-00000024 is damaged" in caplog.text
     assert faults.end_of(whole.folder) == expected
-    assert (whole.folder / "damaged-step-00000024").exists()
+    assert (whole.folder / "damaged-step-00000024.1").exists()
     for folder in checkpoints(whole.folder):
         (folder / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match="got only damaged ones: step-00000024"):
@@ -216,6 +217,118 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     model, tensors, state = load_state(result.folder / "last")
     assert state["samples"] == 4 * 8
     assert set(model) == {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
+
+
+def test_a_run_that_goes_on_elsewhere_has_a_best_of_its_own(tmp_path):
+    first = train(faults.options(tmp_path, "first", val_split=0.1, num_steps=10))
+    second = train(faults.options(tmp_path, "second", val_split=0.1, num_steps=12, resume=str(first.folder / "last")))
+    assert load_checkpoint(second.folder / "best").facts["step"] == 12
+    assert second.best.count == 300
+    (first.folder / "last").resolve().rename(first.folder / "mine")
+    with pytest.raises(ValueError, match="name must not be that of the run in which resume="):
+        train(faults.options(tmp_path, "first", resume=str(first.folder / "mine")))
+
+
+def test_going_back_sets_later_checkpoints_aside_once_the_options_are_found_right(tmp_path):
+    run = train(faults.options(tmp_path, "run"))
+    step20 = str(run.folder / "step-00000020")
+    with pytest.raises(ValueError, match="num_steps must be at least the checkpoint's 20; got num_steps=5"):
+        train(faults.options(tmp_path, "run", resume=step20, num_steps=5))
+    assert load_checkpoint(run.folder / "last").facts["step"] == 24
+    train(faults.options(tmp_path, "run", resume=step20, num_steps=22))
+    assert load_checkpoint(run.folder / "superseded-step-00000024.1").facts["step"] == 24
+    assert load_checkpoint(run.folder / "last").facts["step"] == 22
+
+
+def test_links_that_a_kill_left_behind_are_mended(tmp_path):
+    run = train(faults.options(tmp_path, "run", val_split=0.1))
+    expected = (run.folder / "best").readlink()
+    (run.folder / "best").unlink()
+    (run.folder / "last").unlink()
+    (run.folder / ".step-00000028.new").mkdir()
+    train(faults.options(tmp_path, "run", val_split=0.1))
+    assert (run.folder / "best").readlink() == expected
+    assert load_checkpoint(run.folder / "last").facts["step"] == 24
+    assert not list(run.folder.glob(".step-*"))
+
+
+def test_a_copied_run_whose_links_became_folders_goes_on(tmp_path):
+    run = train(faults.options(tmp_path, "run", num_steps=8))
+    shutil.copytree(run.folder, tmp_path / "copy")  # follows the links
+    train(faults.options(tmp_path, "copy", num_steps=12))
+    assert load_checkpoint(tmp_path / "copy" / "last").facts["step"] == 12
+    assert (tmp_path / "copy" / "copied-last.1").is_dir()
+
+
+def test_a_stop_before_an_evaluation_is_made_up_for(tmp_path, monkeypatch):
+    whole = train(faults.options(tmp_path, "whole"))
+    step = engine.training_step
+
+    def stopping(state, *given):
+        return replace(step(state, *given), stop=state.step == 10)  # where an evaluation is due
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "training_step", stopping)
+        stopped = train(faults.options(tmp_path, "stopped"))
+    assert stopped.stopped == 10
+    assert not [line for line in read_log(stopped.folder) if line["kind"] == "evaluate"]
+    train(faults.options(tmp_path, "stopped"))
+    assert faults.end_of(stopped.folder) == faults.end_of(whole.folder)
+    scores = [[line for line in read_log(run.folder) if line["kind"] == "evaluate"] for run in (whole, stopped)]
+    assert scores[0] == scores[1]
+
+
+def test_a_best_model_that_could_not_be_saved_does_not_count(tmp_path, monkeypatch):
+    save, tops = engine.save_checkpoint, iter([0.1, 0.9, 0.5])
+
+    def full_at_20(run, step, *given):
+        if step == 20:
+            raise OSError(28, "No space left on device")
+        return save(run, step, *given)
+
+    score = engine._Run._score
+    monkeypatch.setattr(engine._Run, "_score", lambda self, *given: replace(score(self, *given), top1=next(tops, 0.3)))
+    monkeypatch.setattr(engine, "save_checkpoint", full_at_20)
+    result = train(faults.options(tmp_path, "run", val_split=0.1))
+    assert load_checkpoint(result.folder / "best").facts["step"] == 24
+    assert result.best.top1 == 0.3  # the last model's on the test set
+
+
+def test_other_classes_are_refused(tmp_path, photographs):
+    changes = {"dataset": "imagefolder", "data_root": str(photographs), "resize_size": 80, "num_steps": 4}
+    train(faults.options(tmp_path, "run", **changes))
+    for split in ("train", "test"):
+        (photographs / split / "a").rename(photographs / split / "z")
+    with pytest.raises(ValueError, match=r"classes must be the checkpoint's; got \['b', 'c', 'z'\]"):
+        train(faults.options(tmp_path, "run", **changes))
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    run = faults.options(tmp_path, "run", num_steps=3000, eval_every=5000)
+    process = faults.CONTEXT.Process(target=train, args=(run,))
+    process.start()
+    faults.wait_until(lambda: faults.last_step(run) >= 1, "a step")
+    with pytest.raises(ValueError, match=r"\.run\.lock must be free; another process writes this run"):
+        train(run)
+    process.kill()
+    process.join()
+    assert train(replace(run, num_steps=faults.last_step(run) + 1)).last.count == 300
+
+
+def test_overwriting_leaves_what_is_not_a_checkpoint(tmp_path):
+    run = train(faults.options(tmp_path, "run", num_steps=4))
+    (run.folder / "step-00000004" / "thesis.txt").write_text("mine")
+    (run.folder / "notes.txt").write_text("mine")
+    train(faults.options(tmp_path, "run", num_steps=4, resume="", overwrite=True))
+    assert (run.folder / "kept-step-00000004.1" / "thesis.txt").read_text() == "mine"
+    assert (run.folder / "notes.txt").exists()
+
+
+def test_a_worker_killed_before_the_first_checkpoint_costs_nothing(tmp_path):
+    """The restarted processes begin as they did, although an earlier run of the name is there."""
+    train(faults.options(tmp_path, "disturbed", num_steps=1))
+    assert faults.worker_killed_under_torchrun(tmp_path, at_step=2, save_every=1000, eval_every=1000)
+    assert (tmp_path / "disturbed.1").exists()
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,13 @@ def test_every_flag_of_the_contract_parses():
         (["--smoothing_value", "1"], "got smoothing_value=1.0"),
         (["--fp16", "--precision", "bf16"], "got precision='bf16'"),
         (["--dataset", "imagenet"], "imagenet"),
+        (["--max_grad_norm", "inf"], "max_grad_norm must be finite; got max_grad_norm=inf"),
+        (["--name", ".."], "got name='..'"),
+        (["--name", ""], "got name=''"),
+        (["--name", "/tmp/x"], "got name='/tmp/x'"),
+        (["--fsdp", "--fp16"], "precision must be bf16 or fp32 with fsdp=True"),
+        (["--resume", "auto", "--overwrite"], "overwrite must be left out with resume='auto'"),
+        (["--val_split", "1.5"], "got val_split=1.5"),
     ],
 )
 def test_bad_options_end_with_a_usage_message(arguments, message, capsys):
@@ -248,7 +255,7 @@ def test_a_new_run_of_the_same_name_keeps_the_earlier_one_unless_told(tmp_path):
         result = train(TrainOptions(**{**SMALL, "num_steps": 2}, output_dir=str(tmp_path), **changes))
         assert read_log(result.folder)[0]["options"]["seed"] == changes.get("seed", 42)
         assert [line["kind"] for line in read_log(result.folder)].count("run") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ffvt", "ffvt.1"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["ffvt", "ffvt.1"]
     assert load_checkpoint(tmp_path / "ffvt.1" / "last").facts["options"]["seed"] == 42
 
 

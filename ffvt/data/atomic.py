@@ -13,7 +13,7 @@ from pathlib import Path
 def new_folder(target: Path) -> Iterator[Path]:
     """A fresh folder to write into; when the block ends it becomes `target` by one rename, after all of it is on disk.
 
-    target must not exist. If the block raises, nothing is left behind.
+    An older `target` stays until then. If the block raises, nothing is left behind.
     """
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)  # of a process that died
@@ -22,6 +22,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield fresh
         for path in (*fresh.iterdir(), fresh):
             sync(path)
+        remove(target)
         os.rename(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -29,11 +30,32 @@ def new_folder(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
+def remove(folder: Path) -> None:
+    """Deletes a folder, if it is there; at no time does a part of it stand under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def set_aside(path: Path, name: str) -> Path:
+    """Renames a file or folder to <name>.1, <name>.2, ...: the first that is not taken."""
+    number = 1
+    while os.path.lexists(path.with_name(f"{name}.{number}")):
+        number += 1
+    aside = path.with_name(f"{name}.{number}")
+    path.rename(aside)
+    return aside
+
+
 def point(link: Path, target: Path) -> None:
     """Makes `link` a symbolic link to its sibling `target`, replacing an earlier one in one step."""
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target.name)
+    if link.exists() and not link.is_symlink():  # a copied run has folders where links were
+        set_aside(link, f"copied-{link.name}")
     os.replace(fresh, link)
     sync(link.parent)
 

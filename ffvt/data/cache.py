@@ -66,7 +66,7 @@ def open_cached(paths: Sequence[Path], size: int, cache_dir: Path, workers: int 
     Every picture file is read and hashed at each opening, so a changed one is never taken for the old one.
 
     Raises:
-        OSError: a file or the cache cannot be read or written. ValueError: the disk has no room for it.
+        OSError: the cache cannot be read or written. ValueError: the disk has no room for it.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     threads = workers or os.cpu_count() or 1
@@ -81,9 +81,16 @@ def cache_key(paths: Sequence[Path], size: int, threads: int = 1) -> str:
     """The name of an entry: a hash of the version, the size and every picture's contents, in order."""
     key = hashlib.sha256(f"ffvt pixels {VERSION}, {size}".encode())
     with ThreadPoolExecutor(threads) as pool:
-        for digest in pool.map(file_digest, paths):
+        for digest in pool.map(_digest, paths):
             key.update(digest.encode())
     return key.hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:  # it may be readable another time, and then makes another entry
+        return f"{type(error).__name__} {error.errno}"
 
 
 @contextmanager
@@ -117,7 +124,7 @@ def _fill(pixels: np.memmap, paths: Sequence[Path], size: int, threads: int) -> 
     def fill(index: int) -> None:
         try:
             pixels[index] = load_image(paths[index], size).numpy()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             unreadable[index] = str(error)
 
     with (

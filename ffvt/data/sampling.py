@@ -30,10 +30,12 @@ class TrainingSample(NamedTuple):
 
 
 class EvaluationSample(NamedTuple):
-    """image (3, S, S) uint8, its label (`SKIPPED` if it cannot be read), on_object (N,) bool, empty without a box."""
+    """image (3, S, S) uint8, its label (`SKIPPED` if it cannot be read), whether it has a box, and on_object (N,) bool,
+    which tokens overlap that."""
 
     image: Tensor
     label: int
+    has_box: bool
     on_object: Tensor
 
 
@@ -124,16 +126,16 @@ class EvaluationView(Dataset):
             log.warning("evaluate: %s cannot be read and is not counted: %s", describe(self.images, index), error)
             image, label = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), SKIPPED
         view = evaluation_view(image, self.image_size, self.recipe)
-        return EvaluationSample(view, label, self._on_object(index, image.shape[-1]))
+        find = getattr(self.images, "relative_box", None)
+        box = find(index) if find and self.grid_size and label != SKIPPED else None
+        return EvaluationSample(view, label, box is not None, self._on_object(box, image.shape[-1]))
 
-    def _on_object(self, index: int, side: int) -> Tensor:
-        """Which tokens overlap the object's box, the class token never: (1 + grid_size**2,), or nothing."""
-        box = getattr(self.images, "relative_box", None) if self.grid_size else None
-        found = box(index) if box else None
-        if found is None:
-            return torch.zeros(0, dtype=torch.bool)
+    def _on_object(self, box: tuple[float, float, float, float] | None, side: int) -> Tensor:
+        """Which tokens overlap the box, the class token never: (1 + grid_size**2,)."""
+        if box is None:
+            return torch.zeros(1 + self.grid_size**2, dtype=torch.bool)
         start, patch = (side - self.image_size) // 2, self.image_size / self.grid_size
-        left, top, right, bottom = (edge * side - start for edge in found)
+        left, top, right, bottom = (edge * side - start for edge in box)
         edges = torch.arange(self.grid_size) * patch
         columns, rows = ((edges < high) & (edges + patch > low) for low, high in ((left, right), (top, bottom)))
         return torch.cat([torch.zeros(1, dtype=torch.bool), (rows[:, None] & columns).flatten()])

@@ -9,6 +9,8 @@ same whatever the worker, the rank or the batch it lands in.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -93,9 +95,8 @@ def random_view(image: Tensor, size: int, recipe: Recipe, generator: torch.Gener
         return _resized_crop(image, size, generator), NO_JITTER
     view = random_crop_flip(image, size, generator)
     if recipe.policy:
-        with torch.random.fork_rng(devices=[]):  # torchvision's policy draws from the global generator
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            view = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)(view)
+        with _global_generator_from(generator):
+            view = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=[128, 128, 128])(view)
     return view, draw_jitter(recipe.jitter, generator)
 
 
@@ -108,9 +109,19 @@ def random_crop_flip(image: Tensor, size: int, generator: torch.Generator) -> Te
 
 
 def _resized_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    with _global_generator_from(generator):
         return v2.RandomResizedCrop(size, scale=(0.05, 1.0), antialias=True)(image)
+
+
+@contextmanager
+def _global_generator_from(generator: torch.Generator) -> Iterator[None]:
+    """The CPU's global generator, from which torchvision draws, seeded from another one and afterwards as before."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # no GPU's
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def draw_jitter(strength: float, generator: torch.Generator) -> Tensor:

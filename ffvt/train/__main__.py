@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ffvt.tra
     except USAGE_ERRORS as error:
         if is_main:
             print(f"{prog}: {error}", file=sys.stderr)
+        elif not getattr(error, "told_by_main", False):
+            print(f"{prog}, rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 1
     if is_main:
         print(summary(result))

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffvt.data.atomic import new_folder, point
+from ffvt.data.atomic import new_folder, point, remove, set_aside
 from ffvt.data.digest import file_digest
 from ffvt.model.ffvt import CONFIG_FILE, FFVT, WEIGHTS_FILE
 
@@ -62,7 +62,6 @@ def save_checkpoint(
         OSError, SafetensorError: it cannot be written. ValueError: a number in facts or state is not finite.
     """
     folder = run / f"step-{step:08d}"
-    _discard(folder)  # of a run that went on from an earlier step than this one
     with new_folder(folder) as fresh:
         save_model(fresh)
         save_file(dict(tensors), fresh / TENSORS_FILE)
@@ -75,32 +74,34 @@ def save_checkpoint(
     point(run / "last", folder)
     if is_best:
         point(run / "best", folder)
-    best = run / "best"
-    keep = {folder.name, best.readlink().name if best.is_symlink() else None}
-    newest = checkpoints(run)
-    for old in newest[KEPT:]:
+    keep = {folder.name, *(link.readlink().name for link in (run / "best", run / "last") if link.is_symlink())}
+    for old in checkpoints(run)[KEPT:]:
         if old.name not in keep:
             _discard(old)
     return folder
 
 
 def discard_run(run: Path) -> None:
-    """Deletes the checkpoints, links and logs of an earlier run, and nothing else."""
+    """Deletes the checkpoints of an earlier run, the links to them, and what an interrupted save left; nothing else."""
     for link in (run / "last", run / "best"):
-        link.unlink(missing_ok=True)
+        if link.is_symlink():
+            link.unlink()
     for folder in checkpoints(run):
         _discard(folder)
-    for leftover in run.glob(".step-*.new"):
+    _discard_leftovers(run)
+
+
+def _discard_leftovers(run: Path) -> None:
+    for leftover in (*run.glob(".step-*.new"), *run.glob(".step-*.old")):
         shutil.rmtree(leftover)
 
 
 def _discard(folder: Path) -> None:
-    """Deletes a checkpoint. Renamed first: what is left of an interrupted deletion is not taken for a damaged one."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.new")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    """Deletes a checkpoint; a folder with other files in it is not one, and is renamed."""
+    if {path.name for path in folder.iterdir()} <= {*FILES, SUMS_FILE}:
+        remove(folder)
+    else:
+        set_aside(folder, f"kept-{folder.name}")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -128,13 +129,33 @@ def newest_whole(run: Path) -> Path | None:
     return None
 
 
-def set_aside_newer(run: Path, step: int) -> None:
-    """Renames checkpoints of later steps, which are damaged, so that they do not count among the newest."""
+def go_on_from(checkpoint: Path, best_step: int) -> bool:
+    """Makes a checkpoint the last one of its run; whether the run still has the best one, of step `best_step`.
+
+    Those of later steps are renamed, so that they do not count among the newest: damaged-... or superseded-...
+    """
+    run = checkpoint.parent
+    _discard_leftovers(run)
     for folder in checkpoints(run):
-        if int(folder.name.removeprefix("step-")) > step:
-            aside = run / f"damaged-{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+        if folder.name > checkpoint.name:
+            set_aside(folder, f"{'superseded' if is_whole(folder) else 'damaged'}-{folder.name}")
+    point(run / "last", checkpoint)
+    best = run / f"step-{best_step:08d}"
+    if is_whole(best):
+        point(run / "best", best)
+        return True
+    if (run / "best").is_symlink():
+        (run / "best").unlink()
+    return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there is a checkpoint, undamaged."""
+    try:
+        verify_checkpoint(folder)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def verify_checkpoint(folder: Path) -> None:

@@ -80,6 +80,7 @@ class World:
                 error = caught
         value, error = self.gather((value, error))[0]
         if error is not None:
+            error.told_by_main = True
             raise error
         return value
 

@@ -21,12 +21,12 @@ from ffvt.data.datasets import describe
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, batch_as_it_is
 from ffvt.model.cost import flops_per_image
 from ffvt.model.ffvt import FFVT
-from ffvt.train.checkpoint import SAVE_ERRORS, load_checkpoint, load_state, save_checkpoint
+from ffvt.train.checkpoint import SAVE_ERRORS, is_whole, load_checkpoint, load_state, save_checkpoint
 from ffvt.train.distributed import World, join_world
-from ffvt.train.evaluate import AUTOCAST_DTYPES, Score, evaluate
+from ffvt.train.evaluate import AUTOCAST_DTYPES, Score, evaluate, ignore_sigterm
 from ffvt.train.options import TrainOptions
 from ffvt.train.planner import measure_matmul_flops
-from ffvt.train.resume import is_of_run, prepare, warn_of_changes
+from ffvt.train.resume import RunLock, Start, check_fit, find_start, prepare
 from ffvt.train.runlog import RunLog
 from ffvt.train.state import TrainState
 from ffvt.train.step import training_step
@@ -62,20 +62,25 @@ def train(options: TrainOptions) -> TrainResult:
         ValueError: an option, the data, the weights or the checkpoint do not fit. FloatingPointError: too many steps in
         a row had gradients that are not finite.
     """
+    folder = Path(options.output_dir) / options.name
+    lock = RunLock(folder)
     with join_world(options.device) as world, _stop_on_sigterm() as asked_to_stop:
         if options.fsdp and not torch.distributed.is_initialized():
             raise ValueError("train: fsdp needs torchrun, with one process or more; got fsdp=True without it")
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-        return _Run(options, world, asked_to_stop).train()
+        world.on_main(lock.acquire)
+        try:
+            return _Run(options, world, folder, asked_to_stop).train()
+        finally:
+            lock.release()
 
 
 class _Run:
     """One run on this rank."""
 
-    def __init__(self, options: TrainOptions, world: World, asked_to_stop: threading.Event) -> None:
+    def __init__(self, options: TrainOptions, world: World, folder: Path, asked_to_stop: threading.Event) -> None:
         self.started = time.perf_counter()
-        self.options, self.world, self.asked_to_stop = options, world, asked_to_stop
-        self.folder = Path(options.output_dir) / options.name
+        self.options, self.world, self.folder, self.asked_to_stop = options, world, folder, asked_to_stop
         self.views = open_views(options)
         dtype = AUTOCAST_DTYPES.get(options.autocast_precision, torch.float32)
         self.peak_flops = measure_matmul_flops(world.device, dtype)
@@ -84,40 +89,44 @@ class _Run:
         self.flops_per_image = math.nan if config.backbone else flops_per_image(config, training=True)
         for view in (self.views.choosing, self.views.final):
             view.grid_size = self.state.model.config.grid_size
-        checkpoint = world.on_main(lambda: prepare(options, self.folder))
-        if checkpoint is not None:
-            warn_of_changes(checkpoint, options)
-            self.state.restore(*load_state(checkpoint))
-            if self.state.step > options.num_steps:
-                raise ValueError(
-                    f"train: num_steps must be at least the checkpoint's {self.state.step}; got "
-                    f"num_steps={options.num_steps}"
-                )
+        start = self._start()
         self.log = RunLog(
             self.folder,
             options.name,
             options.num_steps,
             self.state.step,
-            goes_on=checkpoint is not None and is_of_run(checkpoint, self.folder),
+            goes_on=start.goes_on,
             enabled=world.is_main,
             tensorboard=options.tensorboard,
         )
         self.log.write("run", **self._facts())
-        if checkpoint is not None:
-            self.log.write("resume", step=self.state.step, checkpoint=str(checkpoint))
-            log.warning("resumed from %s, step %d of %d", checkpoint, self.state.step, options.num_steps)
+        if start.checkpoint is not None:
+            self.log.write("resume", step=self.state.step, checkpoint=str(start.checkpoint))
+            if world.is_main:
+                log.warning("resumed from %s, step %d of %d", start.checkpoint, self.state.step, options.num_steps)
+        self.kept_best = (self.state.best, self.state.best_step)  # of which there is a checkpoint
         self.warned: set[str] = set()
         self.since, self.images_since = time.perf_counter(), 0
+
+    def _start(self) -> Start:
+        """Takes on the state of the checkpoint to go on from, if there is one, and makes the folder ready."""
+        options, state, world = self.options, self.state, self.world
+        start = world.on_main(lambda: find_start(options, self.folder))
+        if start.checkpoint is not None:
+            classes = self.views.training.images.classes
+            world.on_main(lambda: check_fit(start.checkpoint, options, classes))
+            state.restore(*load_state(start.checkpoint))
+        if not world.on_main(lambda: prepare(options, self.folder, start, state.best_step)):
+            state.best, state.best_step = None, 0
+        return start
 
     def train(self) -> TrainResult:
         state = self.state
         try:
             stopped = self._loop()
-            if stopped:
+            if stopped and self.world.is_main:
                 log.warning("stopped at step %d of %d; --resume auto goes on", state.step, self.options.num_steps)
-                last, best = state.last, state.best
-            else:
-                last, best = self._final_scores()
+            last, best = (state.last, state.best) if stopped else self._final_scores()
             seconds = time.perf_counter() - self.started
             result = TrainResult(
                 last, best, self.folder, seconds, self.views.chosen_on, state.step if stopped else None
@@ -131,6 +140,8 @@ class _Run:
         """Trains up to the last step; True where it was asked to stop before."""
         options, state = self.options, self.state
         state.parallel.train()
+        if state.step and self._is_due() and state.evaluated_step != state.step:  # it was stopped before that
+            self._save(is_best=self._evaluate(), must=False)
         self.since, self.images_since = time.perf_counter(), 0
         for batch in self._batches():
             self._report_unreadable(batch.problem)
@@ -142,18 +153,23 @@ class _Run:
             self.log.advance()
             if result.skipped:
                 self._report_skipped(batch.index)
-            is_end = state.step == options.num_steps
-            is_evaluated = state.step % options.eval_every == 0 or is_end
-            if state.step % options.log_every == 0 or is_evaluated:
+            is_evaluated = self._is_due() and not result.stop
+            if state.step % options.log_every == 0 or self._is_due():
                 self._log_training(rate)
             is_best = self._evaluate() if is_evaluated else False
+            is_end = state.step == options.num_steps
             if is_best or is_end or result.stop or state.step % options.save_every == 0:
-                self._save(state.last if is_evaluated else None, is_best, must=result.stop)
+                self._save(is_best, must=result.stop)
+            if result.stop:
+                return True
             if is_evaluated:
                 self.since, self.images_since = time.perf_counter(), 0
-            if result.stop and not is_end:
-                return True
         return False
+
+    def _is_due(self) -> bool:
+        """Whether the step just made is one to evaluate after."""
+        step = self.state.step
+        return step % self.options.eval_every == 0 or step == self.options.num_steps
 
     def _batches(self) -> Iterator[TrainingBatch]:
         options, state, world = self.options, self.state, self.world
@@ -175,7 +191,7 @@ class _Run:
                 pin_memory=world.device.type == "cuda",
                 prefetch_factor=options.prefetch if options.workers else None,
                 collate_fn=batch_as_it_is,
-                worker_init_fn=_ignore_sigterm,
+                worker_init_fn=ignore_sigterm,
                 generator=own,
             )
         )
@@ -184,7 +200,7 @@ class _Run:
         """Scores the model as it is; whether it is the best so far."""
         state = self.state
         score = self._score(state.evaluated, self.views.choosing)
-        state.last = score
+        state.last, state.evaluated_step = score, state.step
         is_best = state.best is None or score.top1 > state.best.top1
         if is_best:
             state.best, state.best_step = score, state.step
@@ -196,15 +212,23 @@ class _Run:
         options = self.options
         return evaluate(model, view, self.world, options.eval_batch_size, options.autocast_precision, options.workers)
 
-    def _save(self, score: Score | None, is_best: bool, must: bool) -> None:
-        """Writes a checkpoint, with the score at this step if there is one.
+    def _save(self, is_best: bool, must: bool) -> None:
+        """Writes a checkpoint.
 
-        One that cannot be written is a warning, unless this must be the last thing that the run does.
+        One that cannot be written is a warning, unless this must be the last thing that the run does. What is best is
+        then what was best before: there has to be a checkpoint of it.
         """
+        captured = self.state.capture()
+        saved = self.world.on_main(lambda: self._write(captured, is_best, must))
+        if saved:
+            self.kept_best = (self.state.best, self.state.best_step)
+        else:
+            self.state.best, self.state.best_step = self.kept_best
+
+    def _write(self, captured: tuple[dict, dict, dict], is_best: bool, must: bool) -> bool:
         state, images = self.state, self.views.training.images
-        model, tensors, plain = state.capture()
-        if not self.world.is_main:
-            return
+        model, tensors, plain = captured
+        score = state.last if state.evaluated_step == state.step else None
         facts = {"classes": list(images.classes), "resize_size": images.side, "options": self.options.to_dict()}
         facts |= {"step": state.step, **(score.summary() if score else {})}
         try:
@@ -226,17 +250,22 @@ class _Run:
                 error,
             )
             self.log.write("unsaved", step=state.step, error=str(error))
+            return False
+        return True
 
     def _final_scores(self) -> tuple[Score, Score]:
         """The scores of the last and of the best model on the split that is reported."""
         state, views = self.state, self.views
         if views.final is views.choosing:
-            return state.last, state.best
+            return state.last, state.best or state.last
         last = best = self._score(state.evaluated, views.final)
-        if state.best_step != state.step:
-            checkpoint = load_checkpoint(self.folder / "best")
-            best = self._score(checkpoint.model.to(self.world.device), views.final)
-        for which, step, score in (("last", state.step, last), ("best", state.best_step, best)):
+        if state.best_step not in (0, state.step):
+            if self.world.on_main(lambda: is_whole(self.folder / "best")):
+                model = load_checkpoint(self.folder / "best").model
+                best = self._score(model.to(self.world.device), views.final)
+            elif self.world.is_main:
+                log.warning("%s is not whole: the last model is reported as the best", self.folder / "best")
+        for which, step, score in (("last", state.step, last), ("best", state.best_step or state.step, best)):
             self.log.write("evaluate", step=step, split=self.options.eval_split, model=which, **score.summary())
         return last, best
 
@@ -271,15 +300,15 @@ class _Run:
     def _report_skipped(self, index: torch.Tensor) -> None:
         """Logs a step that was skipped; too many in a row end the run."""
         state, images = self.state, self.views.training.images
-        names = [describe(images, int(i)) for i in index]
+        own = [describe(images, int(i)) for i in index]
+        names = [name for part in self.world.gather(own) for name in part]
         scale = state.scaler.get_scale() if state.scaler.is_enabled() else None
         self.log.write("skip", step=state.step, images=names, loss_scale=scale)
         limit = self.options.max_skipped_steps
         if state.skipped_in_a_row > limit:
-            everywhere = [name for part in self.world.gather(names) for name in part]
             raise FloatingPointError(
                 f"train: loss and gradients must be finite; got inf or NaN in {limit + 1} steps in a row, the last at "
-                f"step {state.step} with {', '.join(everywhere)}"
+                f"step {state.step} with {', '.join(names)}"
             )
 
     def _log_end(self, result: TrainResult) -> None:
@@ -314,8 +343,3 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, earlier)
-
-
-def _ignore_sigterm(_worker: int) -> None:
-    """A scheduler may send SIGTERM to loading processes too; they live as long as the rank that they serve."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

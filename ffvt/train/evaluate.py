@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -76,6 +77,11 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+def ignore_sigterm(_worker: int) -> None:
+    """A scheduler may send SIGTERM to loading processes too; they live as long as the rank that they serve."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, view: EvaluationView, world: World, batch_size: int, precision: str = "fp32", workers: int = 0
@@ -92,11 +98,13 @@ def evaluate(
     model.eval()
     own = torch.Generator()  # the loader must not draw from the generator that makes training's dropout masks
     batches = 0
-    for images, labels, on_object in DataLoader(shard, batch_size, num_workers=workers, generator=own):
+    loader = DataLoader(shard, batch_size, num_workers=workers, generator=own, worker_init_fn=ignore_sigterm)
+    for images, labels, has_box, on_object in loader:
         batches += 1
         with autocast(world.device, precision):
             logits, index = _run(model, normalize(images.to(world.device), view.recipe))
-        sums.add(logits.float(), labels.to(world.device), index, on_object.to(world.device))
+        boxes = [boxed.to(world.device) for boxed in (has_box, on_object)]
+        sums.add(logits.float(), labels.to(world.device), index, *boxes)
     largest_shard = -(-len(view) // world.size)
     for _ in range(-(-largest_shard // batch_size) - batches):  # a sharded model runs on all ranks or on none
         with autocast(world.device, precision):
@@ -128,7 +136,7 @@ class _Sums:
         # images, picks of the class token, overlap, images with a box, hits, hits by chance
         self.picks = torch.zeros(6, dtype=torch.float64, device=device)
 
-    def add(self, logits: Tensor, labels: Tensor, index: Tensor | None, on_object: Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor, index: Tensor | None, has_box: Tensor, on_object: Tensor) -> None:
         counted = labels >= 0
         logits, labels = logits[counted], labels[counted]
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -137,15 +145,16 @@ class _Sums:
         loss = F.cross_entropy(logits, labels, reduction="sum")
         self.scores += torch.stack([top.sum().double(), loss.double()])
         if index is not None:
-            self._add_picks(index[counted], on_object[counted])
+            self._add_picks(index[counted], has_box[counted], on_object[counted])
 
-    def _add_picks(self, index: Tensor, on_object: Tensor) -> None:
+    def _add_picks(self, index: Tensor, has_box: Tensor, on_object: Tensor) -> None:
         self.picks[0] += len(index)
         self.picks[1] += (index == 0).any(2).double().mean(1).sum()
         if self.layers > 1:
             again = (index[:, :-1, :, None] == index[:, 1:, None, :]).any(3)
             self.picks[2] += again.double().mean((1, 2)).sum()
-        if on_object.shape[1]:
+        if has_box.any():
+            index, on_object = index[has_box], on_object[has_box]
             hits = on_object[:, None].expand(-1, self.layers, -1).gather(2, index)
             self.picks[3] += len(index)
             self.picks[4] += hits.double().mean((1, 2)).sum()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import PurePath
 from typing import Any
 
 from ffvt.data.datasets import DATASETS, canonical_name
@@ -94,6 +96,11 @@ class TrainOptions:
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"train: {name} must be at least {least}; got {name}={getattr(self, name)}")
+        for name, value in asdict(self).items():
+            self._require(not isinstance(value, float) or math.isfinite(value), name, "finite")
+        place = PurePath(self.name)
+        plain = place.parts and not place.is_absolute() and ".." not in place.parts
+        self._require(plain, "name", "the name of a folder below output_dir")
         parts = self.gradient_accumulation_steps
         self._require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         self._require(not (self.fp16 and self.precision == "bf16"), "precision", "fp16 (or left out) with fp16=True")

@@ -2,77 +2,155 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ffvt.train.checkpoint import FACTS_FILE, checkpoints, discard_run, newest_whole, set_aside_newer, verify_checkpoint
+from ffvt.data.atomic import set_aside
+from ffvt.train.checkpoint import (
+    FACTS_FILE,
+    STATE_FILE,
+    SUMS_FILE,
+    checkpoints,
+    discard_run,
+    go_on_from,
+    newest_whole,
+    verify_checkpoint,
+)
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import LOG_FILE
 
 log = logging.getLogger("ffvt")
 
+LAUNCH_FILE = ".launch"  # in a run's folder: which torchrun began it
+FREE_OPTIONS = ("name", "output_dir", "resume", "overwrite")  # may change without a word when a run goes on
 
-def prepare(options: TrainOptions, folder: Path) -> Path | None:
-    """The checkpoint to go on from; without one `folder` is made ready for a new run.
 
-    An earlier run in the folder is kept as <name>.1, <name>.2, ..., unless it is to be overwritten. A worker that
-    torchrun started again after a failure goes on from what the run has.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at a checkpoint, or None. goes_on: that is one of the run's own. is_restart: torchrun started
+    the processes again after one of them died."""
+
+    checkpoint: Path | None
+    goes_on: bool
+    is_restart: bool
+
+
+class RunLock:
+    """Keeps two processes from writing one run: held from `acquire` until `release`, or the process ends."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run.with_name(f".{run.name}.lock")
+        self.file: Any = None
+
+    def acquire(self) -> None:
+        """Raises ValueError where another process has it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not passed on to loading processes
+        except OSError as error:
+            self.file = self.file.close()
+            raise ValueError(f"train: {self.path} must be free; another process writes this run") from error
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file = self.file.close()
+
+
+def find_start(options: TrainOptions, run: Path) -> Start:
+    """Finds where to start, and changes nothing.
+
+    Processes that torchrun started again go on from what the run has; if that is nothing yet, they begin as they did.
 
     Raises:
         ValueError: `resume` leads to no checkpoint, or to damaged ones only.
     """
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    wanted = "auto" if is_restart else options.resume
-    checkpoint = _checkpoint_in(folder if wanted == "auto" else Path(wanted)) if wanted else None
-    if checkpoint is None and wanted and wanted != "auto":
-        raise ValueError(f"train: resume must be auto or lead to a checkpoint; got resume={wanted!r}")
-    if checkpoint is not None and is_of_run(checkpoint, folder):
-        set_aside_newer(folder, int(checkpoint.name.removeprefix("step-")))
-        return checkpoint
-    if wanted == "auto":
-        log.warning("%s has no checkpoint yet: a new run", folder)
-    if options.overwrite or is_restart:
-        discard_run(folder)
-    else:
-        _keep_earlier_run(folder)
-    return checkpoint
+    launch = launch_token()
+    is_restart = launch is not None and (run / LAUNCH_FILE).exists() and (run / LAUNCH_FILE).read_text() == launch
+    if is_restart or options.resume == "auto":
+        own = newest_whole(run)
+        if own is not None:
+            return Start(own, True, is_restart)
+    if options.resume == "auto":
+        log.warning("%s has no checkpoint yet: a new run", run)
+    if options.resume in ("", "auto"):
+        return Start(None, False, is_restart)
+    checkpoint = _checkpoint_in(Path(options.resume))
+    if checkpoint is None:
+        raise ValueError(f"train: resume must be auto or lead to a checkpoint; got resume={options.resume!r}")
+    is_own = checkpoint.parent == Path(os.path.realpath(run)) and bool(re.fullmatch(r"step-\d{8}", checkpoint.name))
+    if not is_own and Path(os.path.realpath(run)) in checkpoint.parents:
+        raise ValueError(f"train: name must not be that of the run in which resume={options.resume!r} lies")
+    return Start(run / checkpoint.name if is_own else checkpoint, is_own, is_restart)
 
 
-def is_of_run(checkpoint: Path, folder: Path) -> bool:
-    """Whether a checkpoint is one of the run in `folder`."""
-    return checkpoint.parent.resolve() == folder.resolve()
+def launch_token() -> str | None:
+    """Which torchrun started this process: its host, number and time of start; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent = os.getppid()
+    facts = Path(f"/proc/{agent}/stat")
+    started = facts.read_text().rpartition(")")[2].split()[19] if facts.exists() else ""
+    return f"{socket.gethostname()} {agent} {started}"
 
 
-def warn_of_changes(checkpoint: Path, options: TrainOptions) -> None:
-    """Names the options in which this run differs from the one that wrote the checkpoint."""
-    before = json.loads((checkpoint / FACTS_FILE).read_text())["options"]
-    now = options.to_dict()
-    free = ("name", "output_dir", "resume", "overwrite")
-    changed = [
-        f"{key}: {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]
-    ]
+def check_fit(checkpoint: Path, options: TrainOptions, classes: Sequence[str]) -> None:
+    """Names the options in which this run differs from the one that wrote the checkpoint.
+
+    Raises:
+        ValueError: it has other classes, or more steps behind it than this run is to have.
+    """
+    facts = json.loads((checkpoint / FACTS_FILE).read_text())
+    if facts["classes"] != list(classes):
+        raise ValueError(f"train: classes must be the checkpoint's; got {list(classes)[:3]} and so on")
+    step = json.loads((checkpoint / STATE_FILE).read_text())["step"]
+    if step > options.num_steps:
+        raise ValueError(
+            f"train: num_steps must be at least the checkpoint's {step}; got num_steps={options.num_steps}"
+        )
+    before, now = facts["options"], options.to_dict()
+    changed = [name for name in now if name not in FREE_OPTIONS and before.get(name) != now[name]]
     if changed:
-        log.warning("resuming with other options than the checkpoint's: %s", "; ".join(changed))
+        told = "; ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed)
+        log.warning("resuming with other options than the checkpoint's: %s", told)
+
+
+def prepare(options: TrainOptions, run: Path, start: Start, best_step: int) -> bool:
+    """Makes the folder ready; whether the best checkpoint, of step `best_step`, is in it.
+
+    An earlier run in it is kept as <name>.1, <name>.2, ..., unless it goes on or is to be overwritten.
+    """
+    if start.goes_on:
+        has_best = go_on_from(start.checkpoint, best_step)
+    else:
+        has_best = False  # if there was a best one, then in another run's folder
+        _begin_anew(options, run, start)
+    launch = launch_token()
+    if launch is not None:
+        (run / LAUNCH_FILE).write_text(launch)
+    return has_best
+
+
+def _begin_anew(options: TrainOptions, run: Path, start: Start) -> None:
+    if options.overwrite or start.is_restart:
+        discard_run(run)
+    elif (run / LOG_FILE).exists() or checkpoints(run):
+        log.warning("the earlier run %s is kept as %s", run, set_aside(run, run.name))
+    run.mkdir(parents=True, exist_ok=True)
 
 
 def _checkpoint_in(folder: Path) -> Path | None:
     """The folder itself where it is a checkpoint (which must be whole), else the newest whole one of the run in it."""
-    if folder.is_symlink():
-        folder = folder.parent / folder.readlink()
-    if folder.name.startswith("step-"):
+    folder = Path(os.path.realpath(folder))
+    if (folder / SUMS_FILE).exists():
         verify_checkpoint(folder)
         return folder
     return newest_whole(folder)
-
-
-def _keep_earlier_run(folder: Path) -> None:
-    if not (folder / LOG_FILE).exists() and not checkpoints(folder):
-        return
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    kept = folder.with_name(f"{folder.name}.{number}")
-    folder.rename(kept)
-    log.warning("the earlier run %s is kept as %s", folder, kept)

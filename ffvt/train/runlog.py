@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 log = logging.getLogger("ffvt")
 
-LOG_FILE = "log.jsonl"
+LOG_FILE, BOARD_FOLDER = "log.jsonl", "tensorboard"
 
 
 class RunLog:
@@ -84,7 +85,7 @@ def _drop_unfinished_line(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _finite(values: Any) -> Any:
@@ -98,7 +99,7 @@ def _summary_writer(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("--tensorboard needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder / BOARD_FOLDER))
 
 
 def _add_scalars(board: Any, prefix: str, values: dict[str, Any], step: int) -> None:

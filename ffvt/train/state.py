@@ -28,7 +28,7 @@ class TrainState:
 
     model: the model; parallel: what trains it, on all ranks; evaluated: what is evaluated and saved as the model, the
     moving average of the weights where there is one. step: steps done, skipped ones included; samples: images drawn, of
-    all ranks together. last, best: scores of the last and the best evaluation, best_step: where the best was.
+    all ranks together. last, best: scores of the last and the best evaluation, made at evaluated_step and best_step.
     """
 
     def __init__(self, options: TrainOptions, world: World, num_classes: int) -> None:
@@ -46,7 +46,8 @@ class TrainState:
         self.scheduler = self._make_scheduler()
         self.scaler = make_scaler(options, world)
         self.meter = Meter(world.device)
-        self.step = self.samples = self.skipped = self.skipped_in_a_row = self.best_step = 0
+        self.step = self.samples = self.skipped = self.skipped_in_a_row = 0
+        self.best_step = self.evaluated_step = 0
         self.pixels: Tensor | None = None  # of the batch at hand
         self.last: Score | None = None
         self.best: Score | None = None
@@ -61,15 +62,14 @@ class TrainState:
         return make_scheduler(self.optimizer, options.decay_type, options.warmup_steps, options.num_steps, done)
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """The evaluated model's tensors, all other tensors, and the rest in plain types. All ranks must call it."""
-        model = {name: whole(value) for name, value in self.evaluated.state_dict().items()}
-        tensors = {}
-        if self.ema is not None:
-            tensors |= {f"model/{name}": whole(value) for name, value in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"optimizer/{name}/{key}"] = whole(value)
+        """The evaluated model's tensors, all other tensors, and the rest in plain types.
+
+        All ranks must call it; what it gives is of use on the main one.
+        """
+        model, tensors = {}, {}
+        if self.world.is_main or self.options.fsdp:  # shards are put together on all ranks
+            model = {name: whole(value) for name, value in self.evaluated.state_dict().items()}
+            tensors = self._other_tensors()
         generators = []
         for rank, (plain, states) in enumerate(self.world.gather(_generator_states(self.world.device))):
             generators.append(plain)
@@ -87,9 +87,21 @@ class TrainState:
             "last": self.last.summary() if self.last else None,
             "best": self.best.summary() if self.best else None,
             "best_step": self.best_step,
+            "evaluated_step": self.evaluated_step,
             "generators": generators,
         }
         return model, tensors, plain
+
+    def _other_tensors(self) -> dict[str, Tensor]:
+        """The trained model, where another one is evaluated, and the optimiser's state, by their parameters' names."""
+        tensors = {}
+        if self.ema is not None:
+            tensors |= {f"model/{name}": whole(value) for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer/{name}/{key}"] = whole(value)
+        return tensors
 
     def restore(self, model: dict[str, Tensor], tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Takes on a captured state. All ranks must call it.
@@ -105,7 +117,7 @@ class TrainState:
         self.scheduler = self._make_scheduler(plain["schedule_steps"])
         if self.scaler.is_enabled() and plain["scaler"]:
             self.scaler.load_state_dict(plain["scaler"])
-        for name in ("step", "samples", "skipped", "skipped_in_a_row", "best_step"):
+        for name in ("step", "samples", "skipped", "skipped_in_a_row", "best_step", "evaluated_step"):
             setattr(self, name, plain[name])
         if self.world.is_main:  # the sums of all ranks are in one place
             self.meter.sums.copy_(torch.tensor(plain["meter"], dtype=torch.float64))
@@ -114,7 +126,8 @@ class TrainState:
             rank = self.world.rank
             _set_generators(plain["generators"][rank], _part(tensors, f"generator/{rank}"), self.world.device)
         else:
-            log.warning(
+            log.log(
+                logging.WARNING if self.world.is_main else logging.INFO,
                 "resuming on %d processes a run of %d: the images come in the same order, dropout masks differ",
                 self.world.size,
                 plain["world_size"],
