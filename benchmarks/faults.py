@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import append_results, environment
+from benchmarks.hostile import HOSTILE, refused
 from ffvt.train.checkpoint import FILES, checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
@@ -244,10 +245,15 @@ def campaigns() -> Iterator[tuple[str, int, int]]:
             equal = killed_and_resumed(folder / precision, 20, precision=precision, **changes)
             yield f"killed at a random step, resumed, {precision}: ends bitwise as the uninterrupted run", equal, 20
         loadable, interrupted = killed_while_saving(folder, 50)
-        yield f"killed while saving ({interrupted} in the midst of a write): the newest checkpoint loads", loadable, 50
+        yield "killed while saving: the newest checkpoint loads", loadable, 50
+        yield "of these, kills in the midst of a write", interrupted, 50
         yield "one byte changed: noticed, the previous checkpoint taken", flipped_bytes(folder, 50), 50
         yield "a worker killed under torchrun, 1 restart: the same end", int(worker_killed_under_torchrun(folder)), 1
         yield "disk full: training goes on, the old checkpoint loads", int(full_disk(folder)), 1
+        for number, kind in enumerate(HOSTILE):
+            own = folder / f"hostile{number}"
+            own.mkdir()
+            yield f"{kind}: refused by name, without side effects", int(refused(kind, own)), 1
 
 
 if __name__ == "__main__":

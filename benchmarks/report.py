@@ -5,8 +5,8 @@
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
 benchmark NAME found. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
-wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios` one of error ratios. Other
-lines are passed over.
+wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios` one of error ratios; lines
+with `tried` one of counts. Other lines are passed over.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_results(folder: Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
-            if {"time_ms", "top1", "ratios"} & record.keys():
+            if {"time_ms", "top1", "ratios", "tried"} & record.keys():
                 records.append(record)
     if not records:
         raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")
@@ -74,6 +74,8 @@ def _renderer(record: Record) -> Callable[[Sequence[Record]], str]:
     """What makes the tables of records of this kind."""
     if "ratios" in record:
         return render_error_ratios
+    if "tried" in record:
+        return render_counts
     if "gflops" in record:
         return render_attention
     return render if "time_ms" in record else render_accuracies
@@ -210,6 +212,16 @@ def render_error_ratios(records: Iterable[Record]) -> str:
     for record in records:
         tables.setdefault((record["backend"], record["environment"]["device"]), []).append(record)
     return "\n\n".join(_error_table(table, *key) for key, table in tables.items())
+
+
+def render_counts(records: Iterable[Record]) -> str:
+    """Markdown: what was done, and how often it came out well, of how many times; the latest of each wins."""
+    latest = {record["fault"]: record for record in records}
+    where = list(latest.values())[-1]["environment"]
+    lines = [f"**{where['device_name']}, torch {where['torch']}, commit {where['commit']}.**", ""]
+    lines += ["| what was done, and what must come of it | came out so |", "| --- | ---: |"]
+    lines += [f"| {fault} | {record['passed']}/{record['tried']} |" for fault, record in latest.items()]
+    return "\n".join(lines)
 
 
 def _error_table(records: Iterable[Record], backend: str, device: str) -> str:
