@@ -229,9 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/faults.jsonl")
     arguments = parser.parse_args()
-    records = []
+    records, where = [], environment("cpu")
     for fault, passed, tried in campaigns():
-        records.append({"benchmark": "faults", "environment": environment("cpu"), "fault": fault})
+        records.append({"benchmark": "faults", "environment": where, "fault": fault})
         records[-1] |= {"passed": passed, "tried": tried}
         print(f"{fault}: {passed}/{tried}", flush=True)
     append_results(Path(arguments.out), records)
