@@ -32,7 +32,7 @@ from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["benchmarks.faults"])  # a new process starts with PyTorch imported
+CONTEXT.set_forkserver_preload(["ffvt.train.engine"])  # a new process starts with PyTorch imported
 
 STEPS = 24
 OPTIONS = dict(dataset="partbirds", preset="easy", img_size=64, resize_size=64, model_type="vit_s16", patch_size=16)
