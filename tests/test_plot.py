@@ -1,6 +1,5 @@
 """`ffvt plot`: logs are read back as they were meant, and every panel shows what is in them."""
 
-import argparse
 import json
 
 import pytest
@@ -8,7 +7,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ffvt.__main__ import main
-from ffvt.report.comparison import add_flags, comparison_figure, summary_table
+from ffvt.report.comparison import comparison_figure, summary_table
 from ffvt.report.page import png
 from ffvt.report.runs import read_log, read_runs
 from ffvt.train.engine import train
@@ -254,9 +253,3 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_read(tm
     assert "plot: output must end in .png; got output=" in capsys.readouterr().err
     assert main(["plot", "nowhere", "--output", str(tmp_path / "missing" / "a.png")]) == 1
     assert "plot: the folder of output must exist; got output=" in capsys.readouterr().err
-
-
-def test_flags_name_the_runs_and_the_picture():
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    assert vars(parser.parse_args(["a", "b"])) == {"runs": ["a", "b"], "output": "comparison.png"}

@@ -277,12 +277,6 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `ffvt plot` to a parser."""
-    parser.add_argument("--output", default="comparison.png", help="PNG to write (default: comparison.png)")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Writes the picture, prints the table and the picture's path; 0.
 
