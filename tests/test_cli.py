@@ -101,7 +101,7 @@ def test_visualize_draws_a_row_per_picture(run, tmp_path):
         (["train", "--dataset", "CUB"], "CUB: data_root must hold train_test_split.txt, from https://"),
         (["train", "--resume", "nowhere", "--dataset", "partbirds", "--img_size", "64"], "got resume='nowhere'"),
         (["train", "--fsdp", "--dataset", "partbirds", "--img_size", "64"], "fsdp needs torchrun"),
-        (["plot", "nowhere"], "a run must have a log.jsonl; got 'nowhere'"),
+        (["plot", "nowhere"], "plot: a run must have a log.jsonl; got"),
         (["plan", "--memory", "a lot"], "got memory='a lot'"),
         (["doctor", "--dataset", "partbirds"], "drawn from a seed"),
     ],
