@@ -104,6 +104,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group(backend, store=_store(), rank=rank, world_size=size)
     try:
         yield World(rank, size, own)
+        if is_launched:
+            dist.barrier()  # a rank that leaves while another still talks to it can bring that one down
     finally:
         if is_launched:
             dist.destroy_process_group()
