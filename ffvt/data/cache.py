@@ -109,7 +109,10 @@ def _build(entry: Path, paths: Sequence[Path], size: int, threads: int) -> None:
         raise ValueError(f"cache: {entry.parent} must have room for {needed} bytes; got {free} bytes free")
     with new_folder(entry) as fresh:
         with (fresh / PIXELS_FILE).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, needed)  # a full disk is an error here, not a SIGBUS later
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, needed)  # a full disk is an error here, not a SIGBUS later
+            else:
+                file.truncate(needed)
         pixels = np.memmap(fresh / PIXELS_FILE, np.uint8, "r+", shape=(len(paths), 3, size, size))
         unreadable = _fill(pixels, paths, size, threads)
         pixels.flush()
