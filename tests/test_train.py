@@ -89,7 +89,7 @@ def test_every_flag_of_the_contract_parses():
         (["--max_grad_norm", "inf"], "max_grad_norm must be finite; got max_grad_norm=inf"),
         (["--name", ".."], "got name='..'"),
         (["--name", ""], "got name=''"),
-        (["--name", "/tmp/x"], "got name='/tmp/x'"),
+        (["--name", "/elsewhere"], "got name='/elsewhere'"),
         (["--fsdp", "--fp16"], "precision must be bf16 or fp32 with fsdp=True"),
         (["--resume", "auto", "--overwrite"], "overwrite must be left out with resume='auto'"),
         (["--val_split", "1.5"], "got val_split=1.5"),
