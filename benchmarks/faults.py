@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,12 @@ def options(folder: Path, name: str, **changes: Any) -> TrainOptions:
     return TrainOptions(**{**OPTIONS, **changes, "output_dir": str(folder), "name": name})
 
 
-def flags(run: TrainOptions) -> list[str]:
-    """The command-line flags that make these options."""
-    given = [(name, value) for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)]
-    return [part for name, value in given for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+def flags(run: TrainOptions | Mapping[str, Any]) -> list[str]:
+    """The command-line flags that make these options, or options of these values."""
+    if isinstance(run, TrainOptions):
+        run = {name: value for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)}
+    pairs = run.items()
+    return [part for name, value in pairs for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
 def last_step(run: TrainOptions) -> int:

@@ -5,7 +5,7 @@
 //   grey (contrast), with the grey (saturation); then x * scale + shift per channel.
 // How: one pass over the pixels, all blends in registers. The mean grey is that after the blends before it, so a pass
 //   that only adds goes first. The loops are compiled for each of the six orders.
-// Memory: none but the result.
+// Memory: a block of pixels per thread, on the stack.
 // Limits: uint8 (B, 3, H, W) to fp32, both contiguous.
 // Source: torchvision's ColorJitter (adjust_brightness, adjust_contrast, adjust_saturation on fp32).
 
@@ -51,8 +51,7 @@ inline void apply(float& r, float& g, float& b, const float* factors, float mean
   }
 }
 
-// Some pixels as fp32. Widened in a loop of their own: in one loop the compiler takes as many pixels at a time as there
-// are bytes in a vector, and the blends' values no longer stay in registers.
+// Some pixels as fp32, widened in a loop of their own, so that the loop of the blends is over fp32 alone.
 struct Block {
   alignas(64) float r[kBlock], g[kBlock], b[kBlock];
   void read(const Picture& p, int64_t start, int64_t count) {

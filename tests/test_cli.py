@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.faults import flags
 from ffvt.__main__ import main
 from ffvt.data.transforms import center_crop, load_image, normalize
 from ffvt.train.checkpoint import load_checkpoint
-from tests.test_train import SMALL, flags
+from tests.test_train import SMALL
 
 
 @pytest.fixture(scope="module")

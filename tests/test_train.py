@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 
+from benchmarks.faults import flags, torchrun
 from ffvt.data.datasets import open_split
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import PLAIN, normalize
@@ -30,13 +30,6 @@ SMALL |= dict(
 
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def flags(options):
-    given = []
-    for name, value in options.items():
-        given += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return given
 
 
 AUTHORS_COMMANDS = {
@@ -268,24 +261,11 @@ def test_workers_change_nothing(tmp_path, photographs):
     assert losses[0] == losses[1]
 
 
-def launch(world_size, arguments, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(world_size),
-        "--rdzv_backend",
-        "c10d",
-    ]
-    command += ["--rdzv_endpoint", "localhost:0", "-m", "ffvt.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-
-
 def test_two_processes_train_as_one_does_and_count_every_image_once(tmp_path):
     """gloo, fp32: the losses of 2 ranks with batch 4 are those of 1 rank with batch 8, to 1e-5."""
     options = {**SMALL, "output_dir": tmp_path, "num_steps": 8, "learning_rate": 0.1}
-    ran = launch(2, flags({**options, "name": "two", "train_batch_size": 4, "eval_batch_size": 7}), tmp_path)
+    two = flags({**options, "name": "two", "train_batch_size": 4, "eval_batch_size": 7})
+    ran = subprocess.run(torchrun(2, two), capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ran.returncode == 0, ran.stderr
     train(TrainOptions(**{**options, "name": "one", "output_dir": str(tmp_path)}))
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ffvt.data.partbirds_drawing import FAMILIES, MARKS, Box, PartBirdsConfig, Scene, draw_scene, put_marks
+from ffvt.data.transforms import patches_in_box
 
 _SPLITS = {"train": 0, "test": 1}
 
@@ -110,10 +111,7 @@ class PartBirds(Dataset):
         size = self.config.image_size
         if patch_size < 1 or size % patch_size:
             raise ValueError(f"patch_size must divide the image size {size}, got {patch_size!r}")
-        x0, y0, x1, y1 = self.box(index)
-        start = torch.arange(0, size, patch_size)
-        columns, rows = ((start < high) & (start + patch_size > low) for low, high in ((x0, x1), (y0, y1)))
-        return (rows[:, None] & columns).flatten()
+        return patches_in_box(self.box(index), patch_size, size // patch_size)
 
     def render(self, index: int, variety: int | None = None) -> Tensor:
         """Draw image `index` anew, uint8 (3, S, S); `variety` puts that mark on the bird and changes nothing else."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ffvt.data.datasets import ImageSet, describe
-from ffvt.data.transforms import PLAIN, UNREADABLE, Recipe, evaluation_view, random_view
+from ffvt.data.transforms import PLAIN, UNREADABLE, Recipe, evaluation_view, patches_in_box, random_view
 
 log = logging.getLogger("ffvt")
 
@@ -134,11 +134,10 @@ class EvaluationView(Dataset):
         """Which tokens overlap the box, the class token never: (1 + grid_size**2,)."""
         if box is None:
             return torch.zeros(1 + self.grid_size**2, dtype=torch.bool)
-        start, patch = (side - self.image_size) // 2, self.image_size / self.grid_size
+        start = (side - self.image_size) // 2
         left, top, right, bottom = (edge * side - start for edge in box)
-        edges = torch.arange(self.grid_size) * patch
-        columns, rows = ((edges < high) & (edges + patch > low) for low, high in ((left, right), (top, bottom)))
-        return torch.cat([torch.zeros(1, dtype=torch.bool), (rows[:, None] & columns).flatten()])
+        patches = patches_in_box((left, top, right, bottom), self.image_size / self.grid_size, self.grid_size)
+        return torch.nn.functional.pad(patches, (1, 0))  # the class token is no patch
 
 
 class StepSampler(Sampler):

@@ -146,6 +146,14 @@ def evaluation_view(image: Tensor, size: int, recipe: Recipe) -> Tensor:
     return center_crop(image, size)
 
 
+def patches_in_box(box: tuple[float, float, float, float], patch_size: float, grid_size: int) -> Tensor:
+    """Which patches overlap a box (left, top, right, bottom; pixels, half-open): bool (grid_size**2,), row by row."""
+    left, top, right, bottom = box
+    edges = torch.arange(grid_size) * patch_size
+    columns, rows = ((edges < high) & (edges + patch_size > low) for low, high in ((left, right), (top, bottom)))
+    return (rows[:, None] & columns).flatten()
+
+
 def augment(images: Tensor, jitter: Tensor | None, recipe: Recipe, out: Tensor | None = None) -> Tensor:
     """Colour jitter and normalisation of a batch, on the device where it is: uint8 (B, 3, S, S) to fp32.
 

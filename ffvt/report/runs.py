@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOG_FILE = "log.jsonl"
+from ffvt.train.runlog import LOG_FILE
+
 ENDS = ("end", "stop")
 
 

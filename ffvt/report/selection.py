@@ -10,6 +10,7 @@ from torch import Tensor
 from ffvt.data.partbirds import PartBirds
 from ffvt.data.transforms import normalize
 from ffvt.model.ffvt import FFVT
+from ffvt.train.evaluate import hits
 
 
 def hit_rate(index: Tensor, on_mark: Tensor) -> Tensor:
@@ -18,8 +19,7 @@ def hit_rate(index: Tensor, on_mark: Tensor) -> Tensor:
     index: (B, L-1, K) int64, what each layer picked; on_mark: (B, N) bool, which tokens overlap the mark (the
     class token never does). Returns (L-1,) fp64.
     """
-    hits = on_mark.unsqueeze(1).expand(-1, index.shape[1], -1).gather(2, index)
-    return hits.double().mean(dim=(0, 2))
+    return hits(index, on_mark).double().mean(dim=(0, 2))
 
 
 def random_hit_rate(on_mark: Tensor, first_candidate: int = 0) -> float:

@@ -126,6 +126,11 @@ def _num_selecting(model: nn.Module) -> int:
     return model.config.depth - 1 if isinstance(model, FFVT) and model.config.feature_fusion else 0
 
 
+def hits(index: Tensor, on_object: Tensor) -> Tensor:
+    """Which picks are on the object: index (B, L-1, K) int64, on_object (B, N) bool -> (B, L-1, K) bool."""
+    return on_object[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+
+
 class _Sums:
     """Counts over batches: per class, and of the picks."""
 
@@ -155,9 +160,8 @@ class _Sums:
             self.picks[2] += again.double().mean((1, 2)).sum()
         if has_box.any():
             index, on_object = index[has_box], on_object[has_box]
-            hits = on_object[:, None].expand(-1, self.layers, -1).gather(2, index)
             self.picks[3] += len(index)
-            self.picks[4] += hits.double().mean((1, 2)).sum()
+            self.picks[4] += hits(index, on_object).double().mean((1, 2)).sum()
             self.picks[5] += on_object[:, 1:].double().mean(1).sum()
 
     def score(self, world: World) -> Score:
