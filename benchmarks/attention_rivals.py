@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ffvt
 from benchmarks.authors_eager import mutual_attention_index
 from benchmarks.report import COMPILED, EAGER, OURS
-from ffvt.kernels import torch_path
+from ffvt.kernels import backend_torch
 
 Rival = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # qkv, K -> out (B, N, H, D), index (B, K) or None
 SDPA = {
@@ -59,7 +59,7 @@ def composition(kind: SDPBackend | None) -> Rival:
 
     def attend(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
         q, k, _ = qkv.detach().unbind(2)
-        index, _ = torch_path.maws_select_forward(q, k, num_select, qkv.shape[-1] ** -0.5, 0)
+        index, _ = backend_torch.maws_select_forward(q, k, num_select, qkv.shape[-1] ** -0.5, 0)
         return attention(qkv, num_select)[0], index
 
     return attend

@@ -61,7 +61,7 @@ from benchmarks.harness import (
     speedups,
 )
 from benchmarks.report import render_error_ratios
-from ffvt.kernels import torch_path, tuning
+from ffvt.kernels import backend_torch, tuning
 
 SECTIONS = ("tests", "accuracy", "ceilings", "attention", "selection", "variants", "model", "shapes")
 HEADS = {64: 12, 80: 16, 128: 8}  # by head dimension: those of ViT-B, ViT-H, and a wide head
@@ -69,7 +69,7 @@ NUM_SELECT = 12
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = {"forward": 1.0, "backward": 2.5, "step": 3.5}  # useful operations, in forwards
 EAGER_LIMIT = 24 * 2**30  # bytes of maps up to which the authors' form is run
-GPU_TESTS = [f"tests/test_{name}.py" for name in ("gpu", "maws_attention", "gather_tokens", "triton_kernels")]
+GPU_TESTS = [f"tests/kernels/test_{name}.py" for name in ("gpu", "maws_attention", "gather_tokens", "backend_triton")]
 TESTS_SECONDS = 300  # past it the tests count as failed, and the rest of the time is left to the measurements
 BUSY_CYCLES = 200_000  # of the device's clock, about 100 us
 GATE_REL = 0.05  # of the largest magnitude: both sides round to 16 bits
@@ -413,7 +413,7 @@ def run_selection(report: Report) -> None:
 
         shape = TINY if report.dry_run else Shape(batch, tokens, HEADS[64], 64, "bf16")
         q, k, _ = shape.inputs(report.device).detach().unbind(2)
-        row, column = (line.contiguous() for line in torch_path.class_logits(q, k, 0.125))
+        row, column = (line.contiguous() for line in backend_torch.class_logits(q, k, 0.125))
         x = torch.randn(batch, tokens, 768, device=report.device, dtype=q.dtype)
         index = pick(row, column, NUM_SELECT, 0)[0]
         grad = torch.randn(batch, NUM_SELECT, 768, device=report.device, dtype=q.dtype)

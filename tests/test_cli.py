@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.faults import flags
 from ffvt.__main__ import main
 from ffvt.data.transforms import center_crop, load_image, normalize
 from ffvt.train.checkpoint import load_checkpoint
-from tests.test_train import SMALL
+from tests.faults import flags
+from tests.helpers import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_visualize_draws_a_row_per_picture(run, tmp_path):
         (["train", "--dataset", "CUB"], "CUB: data_root must hold train_test_split.txt, from https://"),
         (["train", "--resume", "nowhere", "--dataset", "partbirds", "--img_size", "64"], "got resume='nowhere'"),
         (["train", "--fsdp", "--dataset", "partbirds", "--img_size", "64"], "fsdp needs torchrun"),
-        (["plot", "nowhere"], "plot: a run must have a log.jsonl; got"),
+        (["plot", "nowhere"], "log: a run must have a log.jsonl; got"),
         (["plan", "--memory", "a lot"], "got memory='a lot'"),
         (["doctor", "--dataset", "partbirds"], "drawn from a seed"),
     ],

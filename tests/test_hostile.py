@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.hostile import HOSTILE, Touch, refused
+from tests.hostile import HOSTILE, Touch, refused
 
 
 @pytest.mark.parametrize("name", HOSTILE)

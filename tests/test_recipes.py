@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import faults
 from ffvt.report.demo import RECIPE
 from ffvt.train.__main__ import main
 from ffvt.train.options import parse_training_flags
-from tests.layout_fixtures import LAYOUT_WRITERS
-from tests.test_train import AUTHORS_COMMANDS, read_log
+from ffvt.train.runlog import read_log
+from tests import faults
+from tests.data.layout_fixtures import LAYOUT_WRITERS
+from tests.helpers import AUTHORS_COMMANDS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SETS = {"cotton": "cotton", "soyloc": "soyloc", "CUB": "CUB", "dogs": "CUB"}  # what the commands name, as printed

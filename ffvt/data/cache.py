@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ffvt.data.atomic import new_folder
-from ffvt.data.digest import file_digest
 from ffvt.data.transforms import load_image
+from ffvt.files import file_digest, new_folder
 
 log = logging.getLogger("ffvt")
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from ffvt.data.archives import extract_archive
 from ffvt.data.datasets import CIFAR, canonical_name
-from ffvt.data.digest import file_digest
 from ffvt.data.layouts import LAYOUTS, Layout, Listing, find_root, read_cifar, read_listing
 from ffvt.data.transforms import load_image
+from ffvt.files import file_digest
 
 SPLITS = ("train", "test")
 SHOWN = 10  # lines of each kind in the report

@@ -180,10 +180,10 @@ def augment(images: Tensor, jitter: Tensor | None, recipe: Recipe, out: Tensor |
 def _kernels() -> ModuleType | None:
     """The C++ kernels, where they are built."""
     try:
-        from ffvt.kernels import cpp_path
+        from ffvt.kernels import backend_cpp
     except ImportError:
         return None
-    return None if cpp_path.missing() else cpp_path
+    return None if backend_cpp.missing() else backend_cpp
 
 
 def normalize(images: Tensor, recipe: Recipe = PLAIN) -> Tensor:

@@ -23,9 +23,9 @@ BACKENDS = ("triton", "cpp", "torch", "reference")
 AUTO = ""  # the operators' `backend` argument when nothing is forced
 
 _MODULES = {
-    "triton": "ffvt.kernels.triton_path",
-    "cpp": "ffvt.kernels.cpp_path",
-    "torch": "ffvt.kernels.torch_path",
+    "triton": "ffvt.kernels.backend_triton",
+    "cpp": "ffvt.kernels.backend_cpp",
+    "torch": "ffvt.kernels.backend_torch",
     "reference": "ffvt.kernels.reference",
 }
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
@@ -123,9 +123,9 @@ def extension_info() -> dict[str, Any]:
         from ffvt import _C
     except ImportError as error:
         return {"available": False, "reason": str(error)}
-    from ffvt.kernels import cpp_path
+    from ffvt.kernels import backend_cpp
 
-    kernels = {} if cpp_path.missing() else cpp_path.facts()
+    kernels = {} if backend_cpp.missing() else backend_cpp.facts()
     return {"available": True, **_C.build_info(), **_C.cpu_info(), **kernels}
 
 

@@ -24,8 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffvt.data.atomic import new_folder, point, remove, set_aside
-from ffvt.data.digest import file_digest
+from ffvt.files import file_digest, new_folder, point, remove, set_aside
 from ffvt.model.ffvt import CONFIG_FILE, FFVT, WEIGHTS_FILE
 
 log = logging.getLogger("ffvt")

@@ -21,15 +21,16 @@ from ffvt.data.datasets import describe
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, batch_as_it_is
 from ffvt.model.cost import flops_per_image
 from ffvt.model.ffvt import FFVT
+from ffvt.precision import DTYPES
 from ffvt.train.checkpoint import SAVE_ERRORS, is_whole, load_checkpoint, load_state, save_checkpoint
 from ffvt.train.distributed import World, join_world
-from ffvt.train.evaluate import AUTOCAST_DTYPES, Score, evaluate, ignore_sigterm
+from ffvt.train.evaluate import Score, evaluate, ignore_sigterm
 from ffvt.train.options import TrainOptions
-from ffvt.train.planner import measure_matmul_flops
 from ffvt.train.resume import RunLock, Start, check_fit, find_start, prepare
 from ffvt.train.runlog import RunLog
 from ffvt.train.state import TrainState
 from ffvt.train.step import training_step
+from ffvt.train.throughput import measure_matmul_flops
 from ffvt.train.views import open_views
 from ffvt.version import __version__
 
@@ -82,8 +83,7 @@ class _Run:
         self.started = time.perf_counter()
         self.options, self.world, self.folder, self.asked_to_stop = options, world, folder, asked_to_stop
         self.views = open_views(options)
-        dtype = AUTOCAST_DTYPES.get(options.autocast_precision, torch.float32)
-        self.peak_flops = measure_matmul_flops(world.device, dtype)
+        self.peak_flops = measure_matmul_flops(world.device, DTYPES[options.autocast_precision])
         self.state = TrainState(options, world, len(self.views.training.images.classes))
         config = self.state.model.config
         self.flops_per_image = math.nan if config.backbone else flops_per_image(config, training=True)

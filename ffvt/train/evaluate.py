@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +15,8 @@ from torch.utils.data import DataLoader, Subset
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import normalize
 from ffvt.model.ffvt import FFVT
+from ffvt.precision import autocast
 from ffvt.train.distributed import World
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,6 @@ class Score:
             "selection": SelectionStatistics(**selection) if selection else None,
         }
         return cls(**{**summary, **changed})
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """torch.autocast in bf16 or fp16; nothing for fp32."""
-    dtype = AUTOCAST_DTYPES.get(precision)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        yield
 
 
 def ignore_sigterm(_worker: int) -> None:

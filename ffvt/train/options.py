@@ -12,9 +12,9 @@ from typing import Any
 from ffvt.data.datasets import DATASETS, canonical_name
 from ffvt.model.config import AUTHORS_NAMES, PRESETS
 from ffvt.model.weights import LAST_BLOCK_CHOICES
+from ffvt.precision import PRECISIONS
 from ffvt.train.optim import DECAYS, OPTIMIZERS
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 AT_LEAST = {  # least value: options
     1: (
         "train_batch_size",

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,14 +13,10 @@ from pathlib import Path
 import torch
 
 from ffvt.model.config import FFVTConfig, make_config
-from ffvt.model.cost import (
-    ELEMENT,
-    OPTIMIZER_TENSORS,
-    Memory,
-    flops_per_image,
-    num_parameters,
-    training_memory,
-)
+from ffvt.model.cost import flops_per_image, num_parameters
+from ffvt.precision import DTYPES, PRECISIONS
+from ffvt.train.memory import OPTIMIZER_TENSORS, Memory, training_memory
+from ffvt.train.throughput import measure_matmul_flops
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -32,8 +27,6 @@ USABLE = 0.9  # of the memory: the rest is for kernels' scratch, what the alloca
 EFFICIENCY = {True: 0.70, False: 0.55}  # by feature_fusion
 MEASURED_ON = "ViT-B/16 at 448, bf16, 2 CPU cores; not measured on a GPU yet"
 MAX_BATCH = 1 << 20
-SLOW_PRODUCT = 0.02  # seconds
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -115,34 +108,6 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of large matrix products on this device: the best of a few, in well under a second."""
-    best, generator = (
-        0.0,
-        torch.Generator(device).manual_seed(0),
-    )  # its own: the caller's random numbers stay as they are
-    for side in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
-        a = torch.randn(side, side, device=device, generator=generator).to(dtype)  # constants would flatter a GPU
-        seconds = min(_seconds_of_product(a, a) for _ in range(5))
-        best = max(best, 2 * side**3 / seconds)
-        if seconds > SLOW_PRODUCT:  # a CPU without instructions for this type: the next side would take 8 times as long
-            break
-    return best
-
-
-def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    _wait_for(a.device)
-    start = time.perf_counter()
-    a @ b
-    _wait_for(a.device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device.
 
@@ -167,7 +132,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_classes", type=int, default=200, help="classes (default: 200)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="planned for; it need not be here")
     add("--memory", default="", help="of the device, such as 24GiB (default: what is free here)")
-    add("--precision", choices=tuple(ELEMENT), default="bf16", help="default: bf16")
+    add("--precision", choices=PRECISIONS, default="bf16", help="default: bf16")
     add("--optimizer", choices=tuple(OPTIMIZER_TENSORS), default="sgd", help="default: sgd")
     add("--dropout", type=float, default=0.1, help="dropout rate (default: 0.1)")
     add("--ema", action="store_true", help="a moving average of the weights is kept")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffvt.data.atomic import set_aside
+from ffvt.files import set_aside
 from ffvt.train.checkpoint import (
     FACTS_FILE,
     STATE_FILE,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 log = logging.getLogger("ffvt")
 
 LOG_FILE, BOARD_FOLDER = "log.jsonl", "tensorboard"
+ENDS = ("end", "stop")  # kinds of the last line
 
 
 class RunLog:
@@ -108,3 +109,49 @@ def _add_scalars(board: Any, prefix: str, values: dict[str, Any], step: int) -> 
             _add_scalars(board, f"{prefix}/{name}", value, step)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
             board.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without those that a resumed run made again.
+
+    path: the run's folder, or the file. A last line that was cut off by a kill is passed over.
+
+    Raises:
+        FileNotFoundError: there is no log. ValueError: another line is damaged.
+    """
+    path = Path(path)
+    path = path / LOG_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"log: a run must have a {LOG_FILE}; got {str(path)!r}")
+    lines: list[dict[str, Any]] = []
+    texts = path.read_bytes().split(b"\n")  # bytes: one line that is not UTF-8 must not hide which one it is
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = _parse(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise ValueError(f"log: every line must be {error}; got {path}:{number}") from error
+        if line["kind"] == "resume":
+            lines = [earlier for earlier in lines if not _is_superseded(earlier, line["step"])]
+        lines.append(line)
+    return lines
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(text.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError("a JSON object with a kind") from error
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        raise ValueError("a JSON object with a kind")
+    if line["kind"] == "resume" and not isinstance(line.get("step"), int):
+        raise ValueError("a JSON object, with a step where its kind is resume")
+    return line
+
+
+def _is_superseded(line: dict[str, Any], resumed_at: int) -> bool:
+    """Whether a run that went on from a step makes this earlier line again; an end is one no more in any case."""
+    return line["kind"] in ENDS or (isinstance(line.get("step"), int) and line["step"] > resumed_at)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ffvt.data.transforms import Recipe, augment
+from ffvt.precision import autocast
 from ffvt.train.distributed import gradients_stay_local
-from ffvt.train.evaluate import autocast
 from ffvt.train.state import TrainState
 
 

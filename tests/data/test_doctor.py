@@ -11,8 +11,8 @@ from ffvt.__main__ import main
 from ffvt.data import doctor
 from ffvt.data.doctor import examine, render
 from ffvt.data.layouts import LAYOUTS
-from tests import layout_fixtures as fixtures
-from tests.layout_fixtures import CLASSES, TEST, TRAIN
+from tests.data import layout_fixtures as fixtures
+from tests.data.layout_fixtures import CLASSES, TEST, TRAIN
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ffvt
-from ffvt.kernels import torch_path
+from ffvt.kernels import backend_torch
 from tests.helpers import SHAPES, explicit, heads, rms, skip_unserved, truth, worst
 
 HALF_ULP = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
@@ -101,7 +101,7 @@ def test_ties_go_to_the_lower_index(backend):
         assert ffvt.maws_attention(q, k, v, 3)[1].tolist() == [[4, 9, 0]] * 2
 
 
-@pytest.mark.parametrize("select_top", [ffvt.reference.select_top, torch_path.select_top])
+@pytest.mark.parametrize("select_top", [ffvt.reference.select_top, backend_torch.select_top])
 def test_nan_scores_rank_last_and_are_picked_only_for_want_of_others(select_top):
     score = torch.tensor([[0.1, torch.nan, 0.3, torch.nan, 0.2, 0.0]])
     assert select_top(score, 6, 0).tolist() == [[2, 4, 0, 5, 1, 3]]
@@ -189,7 +189,7 @@ def test_the_tiled_backward_of_other_devices_agrees_with_the_reference(dtype):
     out, _, _, lse = ffvt.reference.maws_attention_forward(q, k, v, 1, 0.3, 0)
     expected, found = ([torch.empty_like(q) for _ in range(3)] for _ in range(2))
     ffvt.reference.maws_attention_backward(grad_out, q, k, v, out, lse, 0.3, expected)
-    torch_path.tiled_backward(grad_out, q, k, v, out, 0.3, found)
+    backend_torch.tiled_backward(grad_out, q, k, v, out, 0.3, found)
     share = 1e-12 if dtype == torch.float64 else 0.1  # sharp fp16 rows: the rounding of `out` is most of delta
     for mine, theirs in zip(found, expected):
         assert mine.isfinite().all()

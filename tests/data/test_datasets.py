@@ -30,7 +30,7 @@ from ffvt.data.transforms import (
     random_crop_flip,
     random_view,
 )
-from tests.layout_fixtures import picture
+from tests.data.layout_fixtures import picture
 
 
 def folder_images(root, split, size, classes=None):

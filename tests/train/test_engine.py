@@ -1,12 +1,10 @@
 """The trainer: options, schedules, steps, distributed equality, exact evaluation, checkpoints, faults."""
 
-import json
 import subprocess
 
 import pytest
 import torch
 
-from benchmarks.faults import flags, torchrun
 from ffvt.data.datasets import open_split
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import PLAIN, normalize
@@ -16,33 +14,13 @@ from ffvt.train.engine import train
 from ffvt.train.evaluate import evaluate
 from ffvt.train.optim import make_optimizer, make_scheduler
 from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.runlog import read_log
 from ffvt.train.state import TrainState, build_model
 from ffvt.train.step import training_step
-from tests.helpers import tiny_model
+from tests.faults import flags, torchrun
+from tests.helpers import AUTHORS_COMMANDS, SMALL, tiny_model
 
 ALONE = World(0, 1, torch.device("cpu"))
-SMALL = dict(dataset="partbirds", preset="easy", img_size=64, resize_size=64, patch_size=16, embed_dim=32, depth=3)
-SMALL |= dict(num_heads=2, mlp_dim=32, num_token=3, feature_fusion=True, dropout=0.0, workers=0, model_type="vit_s16")
-SMALL |= dict(
-    train_batch_size=8, eval_batch_size=50, num_steps=6, warmup_steps=2, eval_every=4, log_every=1, device="cpu"
-)
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-AUTHORS_COMMANDS = {
-    "cotton": "--name N --dataset cotton --model_type ViT-B_16 --pretrained_dir P --img_size 384 --resize_size 500 "
-    "--train_batch_size 8 --learning_rate 0.02 --num_steps 2000 --fp16 --eval_every 16 --feature_fusion",
-    "soyloc": "--name N --dataset soyloc --model_type ViT-B_16 --pretrained_dir P --img_size 384 --resize_size 500 "
-    "--train_batch_size 8 --learning_rate 0.02 --num_steps 4750 --fp16 --eval_every 50 --feature_fusion",
-    "CUB": "--name N --dataset CUB --model_type ViT-B_16 --pretrained_dir P --img_size 448 --resize_size 600 "
-    "--train_batch_size 8 --learning_rate 0.02 --num_steps 10000 --fp16 --eval_every 200 --feature_fusion",
-    "dogs": "--name N --dataset CUB --model_type ViT-B_16 --pretrained_dir P --img_size 448 --resize_size 600 "
-    "--train_batch_size 4 --learning_rate 3e-3 --num_steps 30000 --fp16 --eval_every 300 --feature_fusion "
-    "--decay_type linear --num_token 24",
-}
 
 
 @pytest.mark.parametrize("command", AUTHORS_COMMANDS.values(), ids=AUTHORS_COMMANDS)

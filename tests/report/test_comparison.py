@@ -9,10 +9,11 @@ from PIL import Image
 from ffvt.__main__ import main
 from ffvt.report.comparison import comparison_figure, summary_table
 from ffvt.report.page import png
-from ffvt.report.runs import read_log, read_runs
+from ffvt.report.runs import read_runs
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
-from tests.test_train import SMALL
+from ffvt.train.runlog import read_log
+from tests.helpers import SMALL
 
 SELECTION = {"class_token_rate": 0.1, "layer_overlap": 0.3, "hit_rate": 0.4, "random_hit_rate": 0.09}
 
@@ -84,7 +85,7 @@ def test_a_last_line_that_was_cut_off_is_passed_over_and_another_is_named(tmp_pa
     assert read_log(folder / "log.jsonl") == read_log(folder)
     with (folder / "log.jsonl").open("a") as file:
         file.write("\n{}\n")
-    with pytest.raises(ValueError, match=r"plot: every line must be a JSON object with a kind; got .*log\.jsonl:5"):
+    with pytest.raises(ValueError, match=r"log: every line must be a JSON object with a kind; got .*log\.jsonl:5"):
         read_log(folder)
     with pytest.raises(FileNotFoundError, match=r"must have a log\.jsonl; got .*nowhere"):
         read_log(tmp_path / "nowhere")
@@ -95,7 +96,7 @@ def test_a_last_line_that_was_cut_off_is_passed_over_and_another_is_named(tmp_pa
 )
 def test_a_damaged_line_is_named_by_its_file_and_number(tmp_path, line):
     (tmp_path / "log.jsonl").write_bytes(b'{"kind": "run"}\n' + line + b'\n{"kind": "end"}\n')
-    with pytest.raises(ValueError, match=r"plot: every line must be .*log\.jsonl:2$"):
+    with pytest.raises(ValueError, match=r"log: every line must be .*log\.jsonl:2$"):
         read_log(tmp_path)
 
 

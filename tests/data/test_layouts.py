@@ -10,8 +10,8 @@ from torchvision import datasets
 
 from ffvt.data.datasets import DATASETS, canonical_name, open_split, recipe_of
 from ffvt.data.layouts import LAYOUTS, find_layout, find_root, read_listing
-from tests import layout_fixtures as fixtures
-from tests.layout_fixtures import CLASSES, LAYOUT_WRITERS, TEST, TRAIN
+from tests.data import layout_fixtures as fixtures
+from tests.data.layout_fixtures import CLASSES, LAYOUT_WRITERS, TEST, TRAIN
 
 NAMES = {
     "CUB": "001.Bird_0",

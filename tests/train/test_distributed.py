@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import faults
 from ffvt.train import engine
 from ffvt.train.checkpoint import load_checkpoint, load_state
 from ffvt.train.engine import train
-from tests.test_train import read_log
+from ffvt.train.runlog import read_log
+from tests import faults
 
 QUIET = {"dropout": 0.0, "ema_decay": 0.0, "num_steps": 8, "eval_every": 4, "resume": ""}
 

@@ -1,6 +1,6 @@
 """Kills, damages and starves training runs, and counts how many come through whole.
 
-    python -m benchmarks.faults            all campaigns; appends to results/faults.jsonl
+    python -m tests.faults            all campaigns; appends to results/faults.jsonl
 
 Every campaign compares bytes: a run that was killed and resumed must end with the very files of one that was not.
 """
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import append_results, environment
-from benchmarks.hostile import HOSTILE, refused
 from ffvt.train.checkpoint import FILES, checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
+from tests.hostile import HOSTILE, refused
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ffvt.train.engine"])  # a new process starts with PyTorch imported

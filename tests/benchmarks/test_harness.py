@@ -34,7 +34,7 @@ from benchmarks.harness import (
 
 MIB = 1024**2
 RIVALS = (*bench_model.FUSION, *bench_model.PLAIN)
-GOLDEN = Path(__file__).parent / "golden" / "tiny_fusion.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_fusion.npz"
 TINY = ffvt.FFVTConfig(
     image_size=64, num_classes=5, embed_dim=64, depth=4, num_heads=4, mlp_dim=128, num_select=3, dropout=0.0
 )

@@ -12,7 +12,7 @@ import ffvt
 from ffvt.kernels.backends import _missing
 from tests.helpers import heads, rms, truth
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REASON = "; ".join(_missing("cpp"))
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"the C++ backend cannot serve: {REASON}")
 
@@ -38,27 +38,29 @@ def run_python(code: str, env: dict[str, str]) -> str:
 
 
 def test_the_best_capability_of_this_cpu_is_loaded():
-    from ffvt.kernels import cpp_path
+    from ffvt.kernels import backend_cpp
 
     if os.environ.get("FFVT_CPU_CAPABILITY") or os.environ.get("ATEN_CPU_CAPABILITY"):
         pytest.skip("a capability is forced")
-    assert cpp_path.facts()["capability"] == cpp_path.allowed()[0]
-    assert cpp_path.facts()["multiplies_bf16"] == ffvt.info()["extension"]["avx512_bf16"]
+    assert backend_cpp.facts()["capability"] == backend_cpp.allowed()[0]
+    assert backend_cpp.facts()["multiplies_bf16"] == ffvt.info()["extension"]["avx512_bf16"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", FORCED)
 def test_the_operators_tests_pass_with_each_capability_forced(capability):
-    from ffvt.kernels import cpp_path
+    from ffvt.kernels import backend_cpp
 
     if os.environ.get("FFVT_CPU_CAPABILITY"):
         pytest.skip("a capability is forced already")
-    if capability not in cpp_path.allowed():
+    if capability not in backend_cpp.allowed():
         pytest.skip(f"this CPU has no {capability}")
     shown = "import ffvt; print(ffvt.info()['extension']['capability'], ffvt.info()['devices']['cpu']['serves'])"
     serving = "torch" if capability == "default" else "cpp"  # the portable kernels serve only where they are forced
     assert run_python(shown, forced(capability)) == f"{capability} {serving}"
-    files = [f"tests/test_{name}.py" for name in ("maws_attention", "gather_tokens", "cpp_kernels", "datasets")]
+    files = [f"tests/kernels/test_{name}.py" for name in ("maws_attention", "gather_tokens", "backend_cpp")] + [
+        "tests/data/test_datasets.py"
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cpp and not slow", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=forced(capability), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]

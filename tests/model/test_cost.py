@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ffvt
 from ffvt.data.transforms import PLAIN
 from ffvt.model.config import make_config
-from ffvt.model.cost import flops_per_image, num_parameters, saved_activations, training_memory
+from ffvt.model.cost import flops_per_image, num_parameters
 from ffvt.train.distributed import World
+from ffvt.train.memory import saved_activations, training_memory
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
 from ffvt.train.step import training_step

@@ -1,12 +1,15 @@
-"""Folders that appear whole or not at all, also when the power fails."""
+"""File-system helpers: folders that appear whole or not at all, also when the power fails; digests."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+BLOCK = 1 << 20  # bytes read at once
 
 
 @contextmanager
@@ -67,3 +70,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's contents, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

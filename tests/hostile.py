@@ -1,4 +1,4 @@
-"""Inputs that must be refused: each with what it is given to. `python -m benchmarks.faults` counts them."""
+"""Inputs that must be refused: each with what it is given to. `python -m tests.faults` counts them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ffvt.model.config import make_config
-from ffvt.model.cost import flops_per_image, training_memory
+from ffvt.model.cost import flops_per_image
+from ffvt.train.memory import training_memory
 from ffvt.train.planner import (
     EFFICIENCY,
     USABLE,

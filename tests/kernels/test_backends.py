@@ -10,7 +10,7 @@ import pytest
 
 import ffvt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_extension_is_built_where_there_is_a_compiler():

@@ -15,10 +15,10 @@ import ffvt
 from ffvt.kernels import tuning
 from tests.helpers import explicit, heads, rms, truth
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from ffvt.kernels import maws_select_triton, tiles_triton, triton_path  # noqa: E402
+from ffvt.kernels import backend_triton, maws_select_triton, tiles_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.filterwarnings("default")
@@ -124,7 +124,7 @@ def test_the_limits_are_said_before_anything_runs():
         "one image must lie within": torch.empty_strided((1, 3, 1, 2), (1, 2**31, 1, 1), device="meta"),
     }
     for message, tensor in cases.items():
-        assert any(message in reason for reason in triton_path.unsupported("maws_attention", *[tensor] * 3)), message
+        assert any(message in reason for reason in backend_triton.unsupported("maws_attention", *[tensor] * 3)), message
     with pytest.raises(NotImplementedError, match="head dimension must be at most 128"):
         ffvt.maws_select(torch.zeros(1, 3, 1, 160), torch.zeros(1, 3, 1, 160), 1)
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import faults
 from ffvt.train import checkpoint as checkpoint_module
 from ffvt.train import engine
 from ffvt.train.checkpoint import checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
 from ffvt.train.engine import train
+from ffvt.train.runlog import read_log
+from tests import faults
 from tests.helpers import tiny_model
-from tests.test_train import read_log
 
 FACTS = {"classes": list("abcde"), "resize_size": 64, "options": {}}
 
