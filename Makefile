@@ -8,12 +8,15 @@ GPU_PYTHON ?= python3
 OUT ?= runs/gpu-report
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test test-asan lint format bench static-report gpu-report setup
+.PHONY: demo test test-all test-asan lint format bench static-report gpu-report setup
 
 demo: setup  ## train on PartBirds from scratch, write runs/demo/report.html
 	$(BIN)/python -m ffvt demo --output runs/demo
 
-test: setup $(OLD_TRITON)
+test: setup  ## every module and every kernel, in a few minutes
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup $(OLD_TRITON)  ## the rest too: all ahead-of-time compilations, all launches, kill-and-resume campaigns
 	$(BIN)/python -m pytest -q
 
 test-asan: setup  ## the C++ kernels' tests with AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer
