@@ -70,7 +70,7 @@ def workload(rival: Rival, mode: str, qkv: Tensor, grad_out: Tensor, num_select:
 
 
 def measure_problem(
-    problem: Problem, rivals: Mapping[str, Rival], peak: float, rounds: int, warmup: int
+    problem: Problem, rivals: Mapping[str, Rival], rounds: int, warmup: int, sides: tuple[int, ...] = ()
 ) -> Iterator[Record]:
     """Gate, then times: a record per mode, form of launch and rival, as soon as they are known.
 
@@ -80,13 +80,14 @@ def measure_problem(
     Args:
         problem: what to compute.
         rivals: by name; ours is among them.
-        peak: GFLOP/s of a large matmul in the problem's dtype.
         rounds, warmup: as in `harness.measure`.
+        sides: as in `ceilings.matmul_peak`.
     """
     common = {"dtype": problem.dtype, "parameters": {"shape": problem.shape, "num_select": problem.num_select}}
     qkv, grad_out = problem.inputs()
     agreeing, refusals = gate(problem, rivals, qkv, grad_out)
     yield from ({**common, **refusal} for refusal in refusals)
+    common["matmul_gflops"] = round(matmul_peak(problem.dtype, problem.device, sides), 1)
     for mode, form in itertools.product(MODES, FORMS[problem.device]):
         how = {**common, "mode": mode, **form._asdict()}
         setups = {
@@ -98,7 +99,8 @@ def measure_problem(
         if OURS in functions:
             timings = measure_form(functions, form, problem.device, rounds, warmup, CALLS[problem.device])
             work = FORWARDS_OF[mode] * problem.forward_flops
-            yield from ({**how, "matmul_gflops": round(peak, 1), **line} for line in timing_fields(timings, work))
+            yield from ({**how, **line} for line in timing_fields(timings, work))
+        del functions  # and with them the memory of their graphs
 
 
 def gate(
@@ -166,7 +168,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
     ):
         problem = Problem(batch, tokens, arguments.heads, head_dim, dtype, device, arguments.num_select)
         found = []
-        for record in measure_problem(problem, rivals, matmul_peak(dtype, device), arguments.rounds, arguments.warmup):
+        for record in measure_problem(problem, rivals, arguments.rounds, arguments.warmup):
             if "failed" in record:
                 raise DisagreementError(f"{problem}: {record['failed']}")
             found.append({**common, **record})

@@ -105,9 +105,8 @@ class Report:
 
 def run_tests(report: Report) -> None:
     """The kernels' tests marked gpu, in a process of their own."""
-    chosen = (
-        ["tests/kernels/test_gather_tokens.py", "-k", "triton"] if report.dry_run else ["tests/kernels", "-m", "gpu"]
-    )
+    folder = "tests/kernels"
+    chosen = (f"{folder}/test_gather_tokens.py", "-k", "triton") if report.dry_run else (folder, "-m", "gpu")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--maxfail=10", "-p", "no:cacheprovider", *chosen],
         cwd=ROOT,
@@ -170,8 +169,7 @@ def measure_problems(report: Report, problems: Sequence[Problem]) -> None:
         rivals = dict(RIVALS["cuda"])
         if problem != COMPILED_PROBLEM:
             del rivals[COMPILED]
-        peak = matmul_peak(problem.dtype, report.device, report.sides)
-        records = bench_maws_attention.measure_problem(problem, rivals, peak, report.rounds, report.warmup)
+        records = bench_maws_attention.measure_problem(problem, rivals, report.rounds, report.warmup, report.sides)
         report.collect("attention", str(problem), records)
 
 

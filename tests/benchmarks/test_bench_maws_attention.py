@@ -17,7 +17,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs n
 
 def test_the_attention_benchmark_writes_every_mode_and_rival_and_its_gate_can_fail(tmp_path, monkeypatch):
     out = tmp_path / "maws_attention.jsonl"
-    monkeypatch.setattr(bench_maws_attention, "matmul_peak", lambda dtype, device: 80.0)
+    monkeypatch.setattr(bench_maws_attention, "matmul_peak", lambda dtype, device, sides: 80.0)
     threads = str(torch.get_num_threads())
     arguments = ["--quick", "--rounds", "2", "--threads", threads, "--out", str(out), "--dtypes", "fp32", "bf16"]
     bench_maws_attention.main(arguments)
@@ -45,7 +45,7 @@ def test_a_rival_that_cannot_serve_is_named_with_its_reason_and_the_others_are_t
         raise ImportError("no such package")
 
     rivals = {OURS: RIVALS["cpu"][OURS], "missing": missing, "SDPA": RIVALS["cpu"]["SDPA alone"]}
-    refused, *timed = measure_problem(PROBLEM, rivals, peak=1.0, rounds=1, warmup=0)
+    refused, *timed = measure_problem(PROBLEM, rivals, 1, 0, sides=(16,))
     assert (refused["case"], refused["missing"]) == ("missing", "ImportError: no such package")
     assert [(record["mode"], record["case"]) for record in timed] == [
         (mode, case) for mode in ("forward", "backward", "both") for case in (OURS, "SDPA")
@@ -56,7 +56,7 @@ def test_a_rival_that_cannot_serve_is_named_with_its_reason_and_the_others_are_t
 def test_a_rival_that_disagrees_is_not_timed():
     wrong = {"output": lambda qkv, k: (1.01 * qkv[:, :, 2], None)}
     wrong["picks"] = lambda qkv, k: (RIVALS["cpu"][OURS](qkv, k)[0], torch.zeros(1, k, dtype=torch.int64))
-    found = by_case(measure_problem(PROBLEM, {OURS: RIVALS["cpu"][OURS], **wrong}, 1.0, rounds=1, warmup=0))
+    found = by_case(measure_problem(PROBLEM, {OURS: RIVALS["cpu"][OURS], **wrong}, 1, 0, sides=(16,)))
     assert found["output"]["failed"].startswith("out of output: must agree")
     assert found["picks"]["failed"].startswith("picks of picks: must be equal")
     assert "time_ms" in found[OURS]
@@ -72,7 +72,7 @@ def test_ours_failing_while_it_is_set_up_is_a_failure_and_nothing_is_timed_besid
         return workload(rival, mode, *inputs)
 
     monkeypatch.setattr(bench_maws_attention, "workload", broken)
-    records = list(measure_problem(PROBLEM, rivals, 1.0, rounds=1, warmup=0))
+    records = list(measure_problem(PROBLEM, rivals, 1, 0, sides=(16,)))
     assert [(r["mode"], r["case"], r["failed"]) for r in records if "failed" in r] == [
         ("backward", OURS, "RuntimeError: no graph")
     ]
@@ -91,7 +91,7 @@ def test_the_authors_maps_have_a_limit():
 def test_a_gpu_is_timed_from_python_and_from_graphs_with_a_hot_and_a_cold_cache():
     problem = Problem(1, 65, 2, 64, "fp16", "cuda")
     rivals = {name: RIVALS["cuda"][name] for name in (OURS, "authors' eager", "SDPA flash")}
-    records = list(measure_problem(problem, rivals, 1.0, rounds=2, warmup=1))
+    records = list(measure_problem(problem, rivals, 2, 1, sides=(64,)))
     forms = {("eager", "hot"), ("graph", "hot"), ("graph", "cold")}
     assert {(r["launch"], r["l2"]) for r in records if r["case"] == OURS} == forms
     assert not [record for record in records if "failed" in record]

@@ -98,7 +98,6 @@ def test_the_compiled_rival_is_left_to_one_shape(report, monkeypatch):
         return iter(())
 
     monkeypatch.setattr(bench_maws_attention, "measure_problem", record_rivals)
-    monkeypatch.setattr(gpu_report, "matmul_peak", lambda *_: 1.0)
     measure_problems(report, goal_problems())
     with_it = [problem for problem, rivals in asked.items() if "authors' eager, compiled" in rivals]
     assert with_it == [gpu_report.COMPILED_PROBLEM]
