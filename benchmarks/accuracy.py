@@ -11,42 +11,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ffvt
 from benchmarks.harness import RESULTS, append_results, environment
-from benchmarks.report import render_error_ratios
+from benchmarks.oracle import explicit, rms, truth
+from benchmarks.tables import render_error_ratios
+from ffvt.precision import DTYPES
 
 SHAPES = ((2, 7, 3, 32), (1, 129, 2, 32), (1, 197, 3, 80), (1, 66, 2, 96), (2, 64, 1, 128), (1, 577, 2, 64))  # B N H D
 LARGE = ((8, 197, 12, 64), (8, 577, 12, 64), (8, 785, 12, 64), (4, 1025, 16, 80), (4, 785, 8, 128))
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BARS = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
 NUM_SELECT = 5
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, D) and score (B, N) in fp64, by explicit matmul."""
-    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    logits = scale * q @ k.mT
-    row, column = logits[:, :, 0].softmax(-1).mean(1), logits[..., 0].softmax(-1).mean(1)
-    return (logits.softmax(-1) @ v).transpose(1, 2), row * column
-
-
-def explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same attention as plain matmuls in the dtype of q: the error that a backend may make twice."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((scale * q @ k.mT).softmax(-1) @ v).transpose(1, 2)
-
-
-def rms(found: Tensor, expected: Tensor) -> float:
-    """Root mean square difference from the fp64 truth: what error ratios are taken of, as a maximum is one element's
-    luck."""
-    return (found.double() - expected).square().mean().sqrt().item()
+def served_dtypes(backend: str, device: str) -> list[str]:
+    """All dtypes; Triton's interpreter multiplies bf16 matrices wrongly."""
+    interpreted = backend == "triton" and device == "cpu"
+    return [name for name in DTYPES if not (interpreted and name == "bf16")]
 
 
 def compare(shape: tuple[int, int, int, int], dtype: str, backend: str, device: str) -> dict[str, Any]:
@@ -81,6 +67,15 @@ def compare(shape: tuple[int, int, int, int], dtype: str, backend: str, device: 
     }
 
 
+def measure(
+    shapes: Iterable[tuple[int, int, int, int]], dtypes: Sequence[str], backend: str, device: str
+) -> Iterator[dict[str, Any]]:
+    """A record per shape and dtype."""
+    for shape in shapes:
+        for dtype in dtypes:
+            yield {"backend": backend, "shape": shape, "dtype": dtype, **compare(shape, dtype, backend, device)}
+
+
 def passes(record: dict[str, Any]) -> bool:
     """Whether every ratio is within its bar and the clear picks are equal."""
     return record["picks_equal"] and all(record["ratios"][name] <= bar for name, bar in BARS.items())
@@ -94,15 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="all that the backend serves")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.jsonl")
     arguments = parser.parse_args(argv)
-    interpreted = arguments.backend == "triton" and arguments.device == "cpu"
-    dtypes = arguments.dtypes or [name for name in DTYPES if not (interpreted and name == "bf16")]
-    shapes = (*SHAPES, *LARGE) if arguments.device == "cuda" else SHAPES
-    common = {"benchmark": "accuracy", "environment": environment(arguments.device), "backend": arguments.backend}
-    records = [
-        {**common, "shape": shape, "dtype": dtype, **compare(shape, dtype, arguments.backend, arguments.device)}
-        for shape in shapes
-        for dtype in dtypes
-    ]
+    backend, device = arguments.backend, arguments.device
+    shapes = (*SHAPES, *LARGE) if device == "cuda" else SHAPES
+    common = {"benchmark": "accuracy", "environment": environment(device)}
+    measured = measure(shapes, arguments.dtypes or served_dtypes(backend, device), backend, device)
+    records = [{**common, **record} for record in measured]
     print(render_error_ratios(records))
     append_results(arguments.out, records)
     return 0 if all(passes(record) for record in records) else 1

@@ -1,9 +1,9 @@
 """The rivals of `maws_attention_qkvpacked`: functions of packed qkv (B, N, 3, H, D), all differentiable; and
 `flash_colreduce`, one of the selection alone.
 
-FUSED give the attention's output and the picks; ATTENTION_ONLY give the output alone, so that they do less than what we
-are measured on. Each takes its views of qkv as they are, without a copy of ours. A rival that is not installed, or
-that a device does not serve, raises when it is called; `serves` says why.
+SDPA, flash-attn and xformers give the output alone, so that they do less than what we are measured on; the others give
+the picks too. Each takes its views of qkv as they are, without a copy of ours. A rival that is not installed, or that a
+device does not serve, raises one of `harness.NOT_SERVED` when it is called.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ffvt
 from benchmarks.authors_eager import mutual_attention_index
-from benchmarks.report import COMPILED, EAGER, OURS
 from ffvt.kernels import backend_torch
 
 Rival = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # qkv, K -> out (B, N, H, D), index (B, K) or None
@@ -27,7 +27,8 @@ SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-NOT_SERVED = (ImportError, RuntimeError, ValueError, TypeError)  # what a rival raises where it cannot serve
+EAGER, COMPILED, COMPOSITION, OURS = "authors' eager", "authors' eager, compiled", "composition", "ours"
+MAPS_LIMIT = 24 * 2**30  # bytes of the authors' maps; larger ones would push out the other rivals' state
 
 
 def ours(backend: str | None) -> Rival:
@@ -66,9 +67,17 @@ def composition(kind: SDPBackend | None) -> Rival:
 
 
 def authors_eager(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
-    """Two N x N softmax maps, as in `benchmarks.authors_eager`."""
+    """Two N x N softmax maps, as in `benchmarks.authors_eager`.
+
+    Raises:
+        RuntimeError: the maps of a call and its backward would take more than `MAPS_LIMIT`.
+    """
+    batch, tokens, _, num_heads, head_dim = qkv.shape
+    maps = 6 * batch * num_heads * tokens * tokens * qkv.element_size()  # scores, two maps, and their gradients
+    if maps > MAPS_LIMIT:
+        raise RuntimeError(f"authors_eager: maps must take at most {MAPS_LIMIT >> 30} GiB; got {maps / 2**30:.0f} GiB")
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    scores = torch.matmul(q, k.transpose(-1, -2)) / qkv.shape[-1] ** 0.5
+    scores = torch.matmul(q, k.transpose(-1, -2)) / head_dim**0.5
     probs, weights = F.softmax(scores, dim=-1), F.softmax(scores, dim=-2)
     out = torch.matmul(probs, v).permute(0, 2, 1, 3).contiguous()
     return out, mutual_attention_index(weights[:, :, :, 0], probs, num_select)
@@ -76,6 +85,7 @@ def authors_eager(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
 
 def authors_compiled(qkv: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
     """The authors' form through torch.compile, once per shape."""
+    torch._functorch.config.donated_buffer = False  # its graph is kept, to time its backward alone
     return torch.compile(authors_eager, dynamic=False)(qkv, num_select)
 
 
@@ -100,34 +110,21 @@ def flash_colreduce(q: Tensor, k: Tensor) -> Tensor:
     return flash_colreduce(q.transpose(1, 2), k.transpose(1, 2), reduction="sum")
 
 
-FUSED: dict[str, Rival] = {
-    OURS: ours(None),
-    EAGER: authors_eager,
-    COMPILED: authors_compiled,
-    **{f"composition, SDPA {name}": composition(kind) for name, kind in SDPA.items()},
+RIVALS: dict[str, dict[str, Rival]] = {  # by device
+    "cpu": {
+        EAGER: authors_eager,
+        COMPILED: authors_compiled,
+        COMPOSITION: composition(None),
+        "SDPA alone": sdpa(None),
+        OURS: ours(None),
+    },
+    "cuda": {
+        OURS: ours(None),
+        EAGER: authors_eager,
+        COMPILED: authors_compiled,
+        **{f"composition, SDPA {name}": composition(kind) for name, kind in SDPA.items()},
+        **{f"SDPA {name}": sdpa(kind) for name, kind in SDPA.items()},
+        "flash-attn": flash_attn,
+        "xformers": xformers,
+    },
 }
-ATTENTION_ONLY: dict[str, Rival] = {
-    **{f"SDPA {name}": sdpa(kind) for name, kind in SDPA.items()},
-    "flash-attn": flash_attn,
-    "xformers": xformers,
-}
-
-
-def serves(rival: Rival, qkv: Tensor, num_select: int) -> str | None:
-    """None if the rival computes this input, else the reason that it gives; running out of memory is a reason."""
-    try:
-        rival(qkv, num_select)
-    except NOT_SERVED as error:
-        return describe_error(error)
-    return None
-
-
-def describe_error(error: Exception) -> str:
-    """Type and first line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-
-
-def eager_bytes(shape: tuple[int, int, int, int, int], element_size: int) -> int:
-    """Memory of the authors' maps of one call and its backward: scores, two maps, and their gradients."""
-    batch, tokens, _, heads, _ = shape
-    return 6 * batch * heads * tokens * tokens * element_size

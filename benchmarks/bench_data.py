@@ -1,10 +1,11 @@
 """The input pipeline: cached pictures and batched transforms beside the authors' chain in a DataLoader.
 
-    python -m benchmarks.bench_data [--data_root DIR]
+    python -m benchmarks.bench_data [--data_root DIR] [--rounds 10] [--out FILE] [--quick]
 
 The CUB recipe (resize to 600, crop of 448, jitter 0.4, flip, normalise) on JPEG files of 500 x 375 pixels: the pictures
 below DIR, resized to that, or else drawn with the spectrum of photographs. One process on one core, one thread, no
 workers, batches of 16, interleaved epochs. Both give fp32 batches. The cost of building the cache is a line of its own.
+--quick runs one batch once; it writes only where --out says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import os
 import tempfile
 import time
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.harness import RESULTS, Case, append_results, environment, measure, require_close, speedups
-from benchmarks.report import render
+from benchmarks.harness import Case, measure, require_close, save, speedups, stamp
+from benchmarks.tables import render
 from ffvt.data.datasets import CachedPictures, PictureFiles
 from ffvt.data.layout_readers import PICTURE_SUFFIXES, Listing
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingView, batch_as_it_is
@@ -118,17 +119,19 @@ def require_same_pictures(paths: list[Path], pictures: Dataset) -> None:
         require_close("picture", found, expected, 1e-5)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, appends the lines and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", default="")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS / "data.jsonl")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON lines to append to; benchmarks/results/data.jsonl")
+    parser.add_argument("--quick", action="store_true", help="one batch once; writes only where --out says")
+    arguments = parser.parse_args(argv)
+    batches, rounds = (1, 1) if arguments.quick else (BATCHES, arguments.rounds)
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        paths = write_pictures(Path(name), BATCH * BATCHES, arguments.data_root)
+        paths = write_pictures(Path(name), BATCH * batches, arguments.data_root)
         files = PictureFiles(Listing(["all"], paths, [0] * len(paths)), RESIZED)
         started = time.perf_counter()
         cached = CachedPictures(files, Path(name) / "cache", 1)
@@ -138,9 +141,9 @@ def main() -> None:
             Case(OURS, partial(our_epoch, cached)),
             Case(UNCACHED, partial(our_epoch, files)),
         ]
-        timings = measure(cases, arguments.rounds, 1, "cpu", gate=partial(require_same_pictures, paths, cached))
+        timings = measure(cases, rounds, 1, "cpu", gate=partial(require_same_pictures, paths, cached))
     records = _records(timings, build_ms, len(paths), "photographs" if arguments.data_root else "drawn pictures")
-    append_results(arguments.out, records)
+    save(records, arguments, "data.jsonl")
     print(render(records))
     for record in records:
         print(f"{record['case']}: {record['images_per_second']:.0f} images/s on one core")
@@ -148,8 +151,7 @@ def main() -> None:
 
 
 def _records(timings, build_ms: float, count: int, source: str) -> list[dict]:
-    shared = {"benchmark": "data", "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    shared |= {"environment": environment("cpu"), "mode": f"{count} pictures", "dtype": "uint8 to fp32"}
+    shared = {**stamp("data", "cpu"), "mode": f"{count} pictures", "dtype": "uint8 to fp32"}
     shared |= {
         "parameters": {"recipe": "CUB, 600 to 448, jitter 0.4", "files": f"JPEG 500 x 375, {source}", "batch": BATCH}
     }

@@ -9,14 +9,14 @@ that has ended is kept in --output_dir and not made again. Appends one JSON line
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.harness import append_results, environment
-from benchmarks.report import render_accuracies
+from benchmarks.tables import render_accuracies
+from ffvt.train.runlog import LOG_FILE, read_log
 
 VARIANTS = {
     "FFVT, the authors' defaults": ["--feature_fusion"],
@@ -54,13 +54,13 @@ def run_once(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
         "pretrained_dir": arguments.weights,
         "output_dir": arguments.output_dir,
     }
-    log = Path(arguments.output_dir) / name / "log.jsonl"
-    if not log.exists() or '"kind": "end"' not in log.read_text():
+    folder = Path(arguments.output_dir) / name
+    if not has_ended(folder):
         command = [sys.executable, "-m", "ffvt.train", *VARIANTS[variant]]
         subprocess.run(
             [*command, *(part for key, value in flags.items() for part in (f"--{key}", str(value)))], check=True
         )
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = read_log(folder)
     end = lines[-1]
     speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
     return {
@@ -73,6 +73,12 @@ def run_once(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str
         "seconds": end["seconds"],
         "train_images_per_second": statistics.median(speeds),
     }
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run of this folder has trained to its end."""
+    lines = read_log(folder) if (folder / LOG_FILE).exists() else []
+    return bool(lines) and lines[-1]["kind"] == "end"
 
 
 def main() -> None:

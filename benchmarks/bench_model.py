@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,83 +28,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffvt
+from benchmarks.attention_rivals import EAGER
 from benchmarks.authors_eager import AuthorsEagerFFVT
 from benchmarks.harness import (
-    RESULTS,
     Case,
     Timing,
-    append_results,
-    environment,
+    describe_error,
+    make_parser,
     measure,
-    peak_memory,
     require_close,
     require_equal,
+    save,
     speedups,
+    stamp,
 )
-from benchmarks.report import COMPOSITION, EAGER, OURS, render_table
+from benchmarks.memory import peak_memory
+from benchmarks.model_rivals import FUSION, PLAIN, TIMM, backend_of, build_rival
+from benchmarks.tables import render_table
 from ffvt.model.config import make_config
+from ffvt.precision import DTYPES, autocast
 
-TIMM, OURS_PLAIN = "timm plain ViT", "ours, plain ViT"
-FUSION, PLAIN = (EAGER, COMPOSITION, OURS), (TIMM, OURS_PLAIN)
 MODES = ("forward", "step")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LEARNING_RATE = 1e-3
 QUICK = {"image_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_dim": 128}
 GATE_REL = 1e-4
 GATE_GRID = 5  # patches along the gate's image: 26 tokens
 GATE_SHARPNESS = 3.0  # factor on query and key weights: flat attention leaves scores too close for equal picks
-
-
-def build_rival(name: str, config: ffvt.FFVTConfig) -> nn.Module:
-    """A rival on the CPU; all fusion rivals with the same weights, all plain ones with the same."""
-    torch.manual_seed(0)
-    if name == OURS_PLAIN and find_spec("timm") is None:  # its speed does not depend on whose weights it has
-        return ffvt.FFVT(dataclasses.replace(config, feature_fusion=False))
-    if name in PLAIN:
-        timm_vit = build_timm_vit(config)
-        if name == TIMM:
-            return timm_vit
-        return _loaded(ffvt.FFVT(dataclasses.replace(config, feature_fusion=False)), timm_vit)
-    eager = AuthorsEagerFFVT(config)
-    if name == EAGER:
-        return eager
-    return _loaded(ffvt.FFVT(dataclasses.replace(config, prune_dead_rows=name == OURS)), eager)
-
-
-def _loaded(model: ffvt.FFVT, source: nn.Module) -> ffvt.FFVT:
-    report = ffvt.load_weights(model, source.state_dict())
-    if report.left or report.ignored:
-        raise AssertionError(f"bench_model: every weight must have a place; got {report}")
-    return model
-
-
-def build_timm_vit(config: ffvt.FFVTConfig) -> nn.Module:
-    """timm's plain ViT of the same size, with SDPA, and with dropout where ours has it."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=config.num_classes,
-        global_pool="token",
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_dim / config.embed_dim,
-        qkv_bias=config.qkv_bias,
-        pos_drop_rate=config.dropout,
-        proj_drop_rate=config.dropout,
-    )
-    for block in model.blocks:
-        if not block.attn.fused_attn:
-            raise AssertionError("bench_model: timm's ViT must use SDPA; it is switched off (TIMM_FUSED_ATTN)")
-        block.attn.proj_drop = nn.Identity()  # ours has none after the attention
-    return model
-
-
-def backend_of(name: str) -> AbstractContextManager:
-    """What is forced around every call of a rival: plain PyTorch for the composition, nothing for the others."""
-    return ffvt.use_backend("torch") if name == COMPOSITION else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -131,8 +76,7 @@ class Workload:
         return partial(self.step, model, images, labels, optimizer)
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        autocast = torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "fp32")
-        with backend_of(self.rival), autocast:
+        with backend_of(self.rival), autocast(torch.device(self.device), self.dtype):
             return model(images)
 
     def infer(self, model: nn.Module, images: Tensor) -> None:
@@ -231,12 +175,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def common_fields(config: ffvt.FFVTConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """What every record of a run shares."""
     return {
-        "benchmark": "model",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **stamp("model", arguments.device),
         "device": arguments.device,
         "dtype": arguments.dtype,
         "served_by": ffvt.info()["devices"][arguments.device]["serves"],
-        "environment": environment(arguments.device),
         "parameters": {
             "model_type": "tiny" if arguments.quick else arguments.model_type,
             "image_size": config.image_size,
@@ -265,21 +207,35 @@ def model_cases(config: ffvt.FFVTConfig, mode: str, arguments: argparse.Namespac
     return [Case(name, Workload(name, mode, *shape)) for name in arguments.rivals]
 
 
+def measure_alone(workload: Workload, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
+    """The record of one rival in one mode, for models that do not fit a GPU side by side.
+
+    It has `time_ms` and `images_per_second`; or `missing`: timm is not installed, or the memory does not suffice.
+    """
+    config, batch = workload.config, workload.batch_size
+    fields = {
+        "parameters": {"batch": batch, "image_size": config.image_size},
+        "dtype": workload.dtype,
+        "case": workload.rival,
+        "mode": workload.mode,
+    }
+    try:
+        timing = measure([Case(workload.rival, workload)], rounds, warmup, workload.device)[workload.rival]
+    except (ImportError, torch.OutOfMemoryError) as error:
+        yield {**fields, "missing": describe_error(error)}
+    else:
+        yield {**fields, "time_ms": timing.to_dict(), "images_per_second": round(batch / timing.median * 1e3, 1)}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=10, warmup=2)
     parser.add_argument("--model_type", default="vit_b16")
     parser.add_argument("--image_size", type=int, default=448, help="pixels")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_select", type=int, default=12)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2, help="untimed rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--out", type=Path, help="JSON lines to append to; benchmarks/results/model.jsonl")
     parser.add_argument("--rivals", nargs="+", choices=(*FUSION, *PLAIN), default=(*FUSION, *PLAIN))
     parser.add_argument("--skip_memory", action="store_true", help="no second pass for peak memory")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes only where --out says")
     arguments = parser.parse_args(argv)
     if not {EAGER, TIMM} <= set(arguments.rivals):
         parser.error(f"--rivals must name both baselines, {EAGER!r} and {TIMM!r}; got {list(arguments.rivals)}")
@@ -291,9 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     records = run(arguments)
     print(render_table(records))
-    out = arguments.out or (None if arguments.quick else RESULTS / "model.jsonl")
-    if out is not None:
-        append_results(out, records)
+    save(records, arguments, "model.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,15 @@
-"""What every benchmark shares: the environment, interleaved timing, peak memory, the correctness gate, JSON lines.
+"""What every benchmark shares: interleaved timing, the correctness gate, the environment, flags, JSON lines.
 
-Times: in every round each case runs once, in an order shuffled per round, so that noise of the machine and what one
-case leaves behind (heap, caches, clocks) hit all alike. Reported in milliseconds: median, 20th and 80th percentile.
-
-Peak memory: growth over what is held before the call (weights, optimiser state, inputs), in a pass of its own. On CUDA
-the caching allocator's peak. On CPU the system's high-water mark of resident memory (VmHWM), reset before the call:
-- not the profiler's peak, which sees tensors only: scratch of oneDNN and of C++ kernels is outside its allocator;
-- not `ru_maxrss`, which cannot be reset and which a spawned child inherits from its parent at exec;
-- in another process, because malloc is told there to hand every large block straight back to the system: resident
-  memory is then live memory, not what the heap happened to keep. That slows it down, so no time is taken there.
+In every round each case runs once, in an order shuffled per round, so that noise of the machine and what one case
+leaves behind (heap, caches, clocks) hit all alike. Times are in milliseconds: median, 20th and 80th percentile.
 """
 
 from __future__ import annotations
 
-import ctypes
+import argparse
 import gc
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -25,8 +17,8 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +30,7 @@ from ffvt.version import __version__
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_FLAG_PREFIXES = ("amx", "avx", "fma", "f16c")
-MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
-LARGE_BLOCK = 65536  # bytes
+NOT_SERVED = (ImportError, RuntimeError, ValueError, TypeError)  # what a rival raises where it cannot serve
 
 
 class DisagreementError(RuntimeError):
@@ -161,59 +152,6 @@ def speedups(timings: Mapping[str, Timing], baseline: str) -> dict[str, dict[str
     }
 
 
-def peak_memory(cases: Sequence[Case], device: str) -> list[int | None]:
-    """Bytes by which one call of each case, after a warming one, grows memory; None where it cannot be measured."""
-    if device == "cuda":
-        return [_cuda_peak(case) for case in cases]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
-        return [pool.submit(_resident_peak, case).result() for case in cases]
-
-
-def _cuda_peak(case: Case) -> int:
-    function = case.setup()
-    function()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - held
-
-
-def _resident_peak(case: Case) -> int | None:
-    _reset_high_water()  # also before the set-up, which allocates what is held
-    function = case.setup()
-    function()
-    gc.collect()
-    if not _reset_high_water():
-        return None
-    held = _resident_bytes("VmRSS")
-    function()
-    return max(0, _resident_bytes("VmHWM") - held)
-
-
-def _reset_high_water() -> bool:
-    """Hands freed memory back and starts VmHWM again from VmRSS; False where this is not Linux with glibc."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(MALLOPT_TRIM_THRESHOLD, LARGE_BLOCK)
-        libc.mallopt(MALLOPT_MMAP_THRESHOLD, LARGE_BLOCK)
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
-def _resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def require_close(what: str, actual: Tensor, expected: Tensor, rel: float) -> None:
     """Gate: the largest difference is at most `rel` of the largest expected magnitude.
 
@@ -232,6 +170,17 @@ def require_equal(what: str, actual: Tensor, expected: Tensor) -> None:
     """Gate: equal shapes and values, or DisagreementError."""
     if not torch.equal(actual, expected):
         raise DisagreementError(f"{what}: must be equal; got {actual.tolist()} and {expected.tolist()}")
+
+
+def describe_error(error: Exception) -> str:
+    """Type and first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def stamp(benchmark: str, device: str) -> dict[str, Any]:
+    """What every record of a run shares: the benchmark's name, the date, the environment before the run's own load."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"benchmark": benchmark, "date": date, "environment": environment(device)}
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -300,3 +249,21 @@ def append_results(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def make_parser(description: str | None, rounds: int, warmup: int) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark of rivals has, and these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--warmup", type=int, default=warmup, help="untimed rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--out", type=Path, help="JSON lines to append to, in place of those in benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; writes only where --out says")
+    return parser
+
+
+def save(records: Iterable[Mapping[str, Any]], arguments: argparse.Namespace, name: str) -> None:
+    """Appends to --out, or without it to `name` in benchmarks/results; a quick run writes only where --out says."""
+    if arguments.out or not arguments.quick:
+        append_results(arguments.out or RESULTS / name, records)

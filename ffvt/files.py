@@ -79,3 +79,14 @@ def file_digest(path: Path) -> str:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all; an older `target` stays until then."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    try:
+        fresh.write_bytes(content)
+        sync(fresh)
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ffvt
-from benchmarks.accuracy import explicit, rms, truth
+from benchmarks.oracle import explicit, rms, truth
 
 __all__ = ["explicit", "golden", "heads", "relative_error", "rms", "skip_unserved", "tiny_model", "truth", "worst"]
 GOLDEN = Path(__file__).parent / "golden"

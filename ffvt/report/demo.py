@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ffvt.data.partbirds import PRESETS, PartBirds
+from ffvt.data.transforms import normalize
+from ffvt.model.config import FFVTConfig
+from ffvt.model.ffvt import FFVT
 from ffvt.report.page import Page
 from ffvt.report.pictures import hit_rate_bars, selection_grid, training_curve
-from ffvt.report.selection import SelectionStudy, hit_rate, random_hit_rate, study_selection
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
 from ffvt.train.options import TrainOptions
+from ffvt.train.runlog import read_log
 
 SHOWN = 8  # test birds in the report
 
@@ -49,19 +53,37 @@ RECIPE = TrainOptions(
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: test accuracy and its coarse-only ceiling, hit rates per layer and by chance, the report."""
+    """What the demo found.
 
-    accuracy: float
+    Attributes:
+        ceiling: the best test accuracy that colour alone can give.
+        report: the HTML page.
+        training: the run; the rates below are those of its last model on the test birds.
+    """
+
     ceiling: float
-    hit_rates: list[float]
-    random_hit_rate: float
     report: Path
     training: TrainResult
 
     @property
+    def accuracy(self) -> float:
+        """Fraction of the test birds that are right."""
+        return self.training.last.top1
+
+    @property
+    def hit_rates(self) -> list[float]:
+        """Fraction of each layer's picks that lie on the mark."""
+        return self.training.last.selection.layer_hit_rates
+
+    @property
     def mean_hit_rate(self) -> float:
         """The hit rate over all selecting layers."""
-        return sum(self.hit_rates) / len(self.hit_rates)
+        return self.training.last.selection.hit_rate
+
+    @property
+    def random_hit_rate(self) -> float:
+        """The hit rate of random picks."""
+        return self.training.last.selection.random_hit_rate
 
 
 def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
@@ -71,19 +93,12 @@ def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     training = train(options)
     model = load_checkpoint(training.folder / "last").model
     birds = PartBirds("test", options.preset, options.seed)
-    study = study_selection(model, birds, len(birds))
-    result = DemoResult(
-        accuracy=training.last.top1,
-        ceiling=birds.coarse_only_ceiling,
-        hit_rates=hit_rate(study.index, study.on_mark).tolist(),
-        random_hit_rate=random_hit_rate(study.on_mark, options.first_candidate),
-        report=output / "report.html",
-        training=training,
-    )
+    result = DemoResult(birds.coarse_only_ceiling, output / "report.html", training)
     page = Page("FFVT learns which patches matter")
     _introduce(page, result, options)
     _show_learning(page, result)
-    _show_selection(page, result, options, study, birds)
+    _show_selection(page, result, model.config)
+    _show_birds(page, model, birds)
     page.footer(_small_print(model, options, training))
     result.report.write_text(page.render(), encoding="utf-8")
     return result
@@ -114,30 +129,36 @@ def _introduce(page: Page, result: DemoResult, options: TrainOptions) -> None:
 
 
 def _show_learning(page: Page, result: DemoResult) -> None:
-    log = [json.loads(line) for line in (result.training.folder / "log.jsonl").read_text().splitlines()]
     page.heading("Did it learn?")
-    page.figure(training_curve(log, result.ceiling), "training loss and test accuracy over the steps")
+    page.figure(
+        training_curve(read_log(result.training.folder), result.ceiling),
+        "training loss and test accuracy over the steps",
+    )
 
 
-def _show_selection(
-    page: Page, result: DemoResult, options: TrainOptions, study: SelectionStudy, birds: PartBirds
-) -> None:
+def _show_selection(page: Page, result: DemoResult, config: FFVTConfig) -> None:
     page.heading("Where does it look?")
     page.paragraph(
-        f"Each of the first {len(result.hit_rates)} layers picks {options.num_token} of "
-        f"{study.on_mark.shape[1] - 1} patches by mutual attention weight; only these and the class token reach the "
-        "last layer. Nothing tells the model where the mark is."
+        f"Each of the first {len(result.hit_rates)} layers picks {config.num_select} of {config.num_tokens - 1} "
+        "patches by mutual attention weight; only these and the class token reach the last layer. Nothing tells the "
+        "model where the mark is."
     )
     page.figure(hit_rate_bars(result.hit_rates, result.random_hit_rate), "hit rate of the picks per layer")
+
+
+@torch.no_grad()
+def _show_birds(page: Page, model: FFVT, birds: PartBirds) -> None:
     page.heading("What did each layer pick?")
     page.paragraph(
         "The first test birds, never seen in training. Left: the picture, its mark framed in green, its class in "
         "green where the prediction is right. Then the patches that each layer picked, framed; the rest is dimmed."
     )
-    shown = range(min(SHOWN, len(study.predictions)))
-    captions = [_caption(birds.classes, int(study.predictions[i]), birds.labels[i]) for i in shown]
-    images, boxes = [birds[i][0] for i in shown], [birds.box(i) for i in shown]
-    grid = selection_grid(images, study.index[: len(shown)], options.patch_size, captions, boxes)
+    shown = range(min(SHOWN, len(birds)))
+    images = [birds[i][0] for i in shown]
+    logits, selection = model.eval().forward_with_selection(normalize(torch.stack(images)))
+    captions = [_caption(birds.classes, label, birds.labels[i]) for i, label in enumerate(logits.argmax(1).tolist())]
+    boxes = [birds.box(i) for i in shown]
+    grid = selection_grid(images, selection.index, model.config.patch_size, captions, boxes)
     page.figure(grid, "test birds with the patches each layer picked")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,6 @@ class Run:
                     found.append((step, value))
         return found
 
-    def steps(self, kind: str) -> list[int]:
-        """The steps of the lines of a kind."""
-        return [step for step, _ in self.series(kind, "step")]
-
     @property
     def chosen_on(self) -> str | None:
         """The split that the best model is chosen on: "val" where the run has one. None without evaluations."""
@@ -45,45 +40,42 @@ class Run:
         return self.series("evaluate", key, split=self.chosen_on, model=None)
 
 
-def number_in(line: Any, key: str) -> float | None:
-    """The finite number at a key, "a.b" being b inside of a; None where there is none."""
+def value_in(line: Any, key: str) -> Any:
+    """The value at a key, "a.b" being b inside of a; None where there is none."""
     for part in key.split("."):
         line = line.get(part) if isinstance(line, dict) else None
-    return line if isinstance(line, (int, float)) and math.isfinite(line) else None
+    return line
+
+
+def number_in(line: Any, key: str) -> float | None:
+    """The finite number at a key; None where there is none."""
+    value = value_in(line, key)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """The runs in these folders, each by its name, with its folder where two have one name.
+    """The runs in these folders, each by its name; where names are equal, with its folder below the common one.
 
-    A folder that is given twice counts once.
+    A path may be a run's log, too. A folder that is given twice counts once.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_log`.
+        FileNotFoundError: there is no log.
+        ValueError: a log is damaged.
     """
-    folders = list({folder.resolve(): folder for folder in reversed([_folder(path) for path in paths])}.values())[::-1]
+    folders = list(dict.fromkeys(_folder(Path(path).resolve()) for path in paths))
     logs = [read_log(folder) for folder in folders]
     names = [_name(log) or folder.name for log, folder in zip(logs, folders)]
-    return [Run(label, log) for label, log in zip(_labels(names, folders), logs)]
+    labels = [
+        f"{name} ({folder.relative_to(os.path.commonpath(folders))})" if names.count(name) > 1 else name
+        for name, folder in zip(names, folders)
+    ]
+    return [Run(label, log) for label, log in zip(labels, logs)]
 
 
-def _folder(path: str | Path) -> Path:
-    """Of a run, absolute; a log of another name stands for itself."""
-    path = Path(os.path.abspath(path))
+def _folder(path: Path) -> Path:
     return path.parent if path.name == LOG_FILE and path.is_file() else path
 
 
 def _name(log: Sequence[dict[str, Any]]) -> str:
-    options = next((line.get("options") for line in log if line["kind"] == "run"), None)
-    name = options.get("name") if isinstance(options, dict) else None
+    name = value_in(next((line for line in log if line["kind"] == "run"), None), "options.name")
     return name if isinstance(name, str) else ""
-
-
-def _labels(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Names; those that are not alone with as many last parts of their folder as tell them apart."""
-    labels = list(names)
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1 if folders else 0):
-        often = Counter(labels)
-        for i, label in enumerate(labels):
-            if often[label] > 1:
-                labels[i] = f"{names[i]} ({Path(*folders[i].parts[-depth:])})"
-    return labels

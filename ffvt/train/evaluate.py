@@ -21,17 +21,21 @@ from ffvt.train.distributed import World
 
 @dataclass(frozen=True)
 class SelectionStatistics:
-    """What the layers of an FFVT picked, as means over images and layers.
+    """What the layers of an FFVT picked, as means over images and layers; hit rates over the images with a box.
 
-    class_token_rate: share of layers that pick the class token. layer_overlap: share of a layer's picks that the next
-    layer picks too. hit_rate, random_hit_rate: share of the picks on the object, and of all patches (what random picks
-    would give), over the images with a box; None where there is none.
+    Attributes:
+        class_token_rate: fraction of layers that pick the class token.
+        layer_overlap: fraction of a layer's picks that the next layer picks too; None where one layer picks.
+        hit_rate: fraction of the picks on the object; None where no image has a box.
+        random_hit_rate: the same for uniformly random picks among the candidates.
+        layer_hit_rates: the hit rate of each layer, first to last; None also in what older versions wrote.
     """
 
     class_token_rate: float
     layer_overlap: float | None
     hit_rate: float | None
     random_hit_rate: float | None
+    layer_hit_rates: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def evaluate(
     if len(view) == 0:
         raise ValueError("evaluate: the data set must have images; got 0")
     shard = Subset(view, range(world.rank, len(view), world.size))
-    sums = _Sums(len(view.images.classes), _num_selecting(model), world.device)
+    layers = _num_selecting(model)
+    sums = _Sums(len(view.images.classes), layers, model.config.first_candidate if layers else 0, world.device)
     was_training = model.training
     model.eval()
     own = torch.Generator()  # the loader must not draw from the generator that makes training's dropout masks
@@ -115,20 +120,33 @@ def _num_selecting(model: nn.Module) -> int:
     return model.config.depth - 1 if isinstance(model, FFVT) and model.config.feature_fusion else 0
 
 
-def hits(index: Tensor, on_object: Tensor) -> Tensor:
-    """Which picks are on the object: index (B, L-1, K) int64, on_object (B, N) bool -> (B, L-1, K) bool."""
-    return on_object[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+def hit_rates(index: Tensor, on_object: Tensor) -> Tensor:
+    """The fraction of each layer's picks that lie on the object.
+
+    Args:
+        index: (B, L-1, K) int64, the picks.
+        on_object: (B, N) bool, which tokens overlap the object; the class token never does.
+
+    Returns:
+        (B, L-1) fp64.
+    """
+    return on_object[:, None].expand(-1, index.shape[1], -1).gather(2, index).double().mean(2)
+
+
+def random_hit_rates(on_object: Tensor, first_candidate: int) -> Tensor:
+    """The same for uniformly random picks among the candidates, tokens `first_candidate` to N-1: (B,) fp64."""
+    return on_object[:, first_candidate:].double().mean(1)
 
 
 class _Sums:
     """Counts over batches: per class, and of the picks."""
 
-    def __init__(self, num_classes: int, layers: int, device: torch.device) -> None:
-        self.layers = layers
+    def __init__(self, num_classes: int, layers: int, first_candidate: int, device: torch.device) -> None:
+        self.layers, self.first_candidate = layers, first_candidate
         self.per_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # right, all
         self.scores = torch.zeros(2, dtype=torch.float64, device=device)  # right within five, loss
-        # images, picks of the class token, overlap, images with a box, hits, hits by chance
-        self.picks = torch.zeros(6, dtype=torch.float64, device=device)
+        # images, picks of the class token, overlap, images with a box, hits by chance, hits of every layer
+        self.picks = torch.zeros(5 + layers, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, index: Tensor | None, has_box: Tensor, on_object: Tensor) -> None:
         counted = labels >= 0
@@ -150,8 +168,8 @@ class _Sums:
         if has_box.any():
             index, on_object = index[has_box], on_object[has_box]
             self.picks[3] += len(index)
-            self.picks[4] += hits(index, on_object).double().mean((1, 2)).sum()
-            self.picks[5] += on_object[:, 1:].double().mean(1).sum()
+            self.picks[4] += random_hit_rates(on_object, self.first_candidate).sum()
+            self.picks[5:] += hit_rates(index, on_object).sum(0)
 
     def score(self, world: World) -> Score:
         right, count = world.sum(self.per_class).tolist()
@@ -171,12 +189,14 @@ class _Sums:
         )
 
     def _selection(self, world: World) -> SelectionStatistics | None:
-        images, class_token, overlap, boxed, hits, chance = world.sum(self.picks).tolist()
+        images, class_token, overlap, boxed, chance, *hits = world.sum(self.picks).tolist()
         if not images:
             return None
+        layer_hit_rates = [hit / boxed for hit in hits] if boxed else None
         return SelectionStatistics(
             class_token / images,
             overlap / images if self.layers > 1 else None,
-            hits / boxed if boxed else None,
+            sum(layer_hit_rates) / self.layers if layer_hit_rates else None,
             chance / boxed if boxed else None,
+            layer_hit_rates,
         )

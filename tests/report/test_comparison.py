@@ -1,39 +1,18 @@
-"""`ffvt plot`: logs are read back as they were meant, and every panel shows what is in them."""
-
-import json
+"""`ffvt plot`: every panel shows what is in the logs, and so does the table."""
 
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from ffvt import files
 from ffvt.__main__ import main
 from ffvt.report.comparison import comparison_figure, summary_table
 from ffvt.report.page import png
 from ffvt.report.runs import read_runs
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
-from ffvt.train.runlog import read_log
 from tests.helpers import SMALL
-
-SELECTION = {"class_token_rate": 0.1, "layer_overlap": 0.3, "hit_rate": 0.4, "random_hit_rate": 0.09}
-
-
-def write_lines(folder, lines):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def write_log(folder, name, steps, fused=True, lines=()):
-    log = [{"kind": "run", "options": {"name": name}}]
-    for step in range(1, steps + 1):
-        log.append({"kind": "train", "step": step, "loss": 1 / step, "lr": 0.1, "images_per_second": 5.0, "mfu": None})
-    log.append(evaluation(steps, 0.5, selection=SELECTION if fused else None))
-    return write_lines(folder, [*log, *lines])
-
-
-def evaluation(step, top1, split="test", **more):
-    return {"kind": "evaluate", "step": step, "split": split, "top1": top1, "loss": 0.1, **more}
+from tests.report.logs import SELECTION, evaluation, write_lines, write_log
 
 
 def titles(figure):
@@ -55,57 +34,11 @@ def table_cells(runs):
     return [dict(zip(names, row.split())) for row in rows]
 
 
-def test_a_resumed_run_counts_what_it_made_again_only_once(tmp_path):
-    again = [{"kind": "resume", "step": 3}, {"kind": "train", "step": 4, "loss": 9.0}, {"kind": "end", "step": 4}]
-    log = read_log(write_log(tmp_path / "run", "run", 6, lines=again))
-    assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 3, 4]
-    assert [line["loss"] for line in log if line["kind"] == "train"][-1] == 9.0
-    assert not [line for line in log if line["kind"] == "evaluate"]  # of step 6
-
-
-def test_a_run_that_was_resumed_twice_keeps_what_was_made_last(tmp_path):
-    again = [{"kind": "resume", "step": 4}, {"kind": "train", "step": 5, "loss": 8.0}]
-    again += [{"kind": "resume", "step": 2}, {"kind": "train", "step": 3, "loss": 9.0}]
-    (run,) = read_runs([write_log(tmp_path / "run", "run", 6, lines=again)])
-    assert run.series("train", "loss") == [(1, 1.0), (2, 0.5), (3, 9.0)]
-
-
 def test_a_run_that_was_resumed_after_its_end_does_not_report_that_end(tmp_path):
     end = {"kind": "end", "last": {"top1": 0.5}, "best": {"top1": 0.5}}
     more = [end, {"kind": "resume", "step": 6}, {"kind": "train", "step": 7, "loss": 0.1}, evaluation(7, 0.9)]
     (cells,) = table_cells(read_runs([write_log(tmp_path / "run", "run", 6, lines=more)]))
     assert (cells["steps"], cells["last"], cells["best"]) == ("7", "0.9000", "0.9000")
-
-
-def test_a_last_line_that_was_cut_off_is_passed_over_and_another_is_named(tmp_path):
-    folder = write_log(tmp_path / "run", "run", 2)
-    with (folder / "log.jsonl").open("a") as file:
-        file.write('{"kind": "tr')
-    assert len(read_log(folder)) == 4
-    assert read_log(folder / "log.jsonl") == read_log(folder)
-    with (folder / "log.jsonl").open("a") as file:
-        file.write("\n{}\n")
-    with pytest.raises(ValueError, match=r"log: every line must be a JSON object with a kind; got .*log\.jsonl:5"):
-        read_log(folder)
-    with pytest.raises(FileNotFoundError, match=r"must have a log\.jsonl; got .*nowhere"):
-        read_log(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    "line", [b"\xff\xfe", b"[1]", b'{"step": 1}', b'{"kind": 1}', b'"kind"', b'{"kind": "resume"}']
-)
-def test_a_damaged_line_is_named_by_its_file_and_number(tmp_path, line):
-    (tmp_path / "log.jsonl").write_bytes(b'{"kind": "run"}\n' + line + b'\n{"kind": "end"}\n')
-    with pytest.raises(ValueError, match=r"log: every line must be .*log\.jsonl:2$"):
-        read_log(tmp_path)
-
-
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    folders = ["x/a", "x/b", "y/b", "c"]
-    paths = [write_log(tmp_path / name, "same" if name != "c" else "own", 2) for name in folders]
-    assert [run.name for run in read_runs(paths)] == ["same (a)", "same (x/b)", "same (y/b)", "own"]
-    assert [run.name for run in read_runs([paths[0], paths[0] / "log.jsonl", paths[3]])] == ["same", "own"]
-    assert read_runs([write_lines(tmp_path / "nameless", [{"kind": "run"}])])[0].name == "nameless"
 
 
 def test_panels_show_the_numbers_of_the_logs_and_none_is_empty(tmp_path):
@@ -233,6 +166,7 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     assert "idle" in summary_table(read_runs([tmp_path]))
 
 
+@pytest.mark.slow
 def test_real_runs_are_compared_from_the_command_line(tmp_path, capsys):
     for name, changes in (("fused", {"val_split": 0.2}), ("plain", {"feature_fusion": False})):
         train(TrainOptions(**{**SMALL, **changes}, output_dir=str(tmp_path), name=name))
@@ -254,3 +188,21 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_read(tm
     assert "plot: output must end in .png; got output=" in capsys.readouterr().err
     assert main(["plot", "nowhere", "--output", str(tmp_path / "missing" / "a.png")]) == 1
     assert "plot: the folder of output must exist; got output=" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write_log(tmp_path / "run", "run", 3)
+    output = tmp_path / "figures" / "a.png"
+    output.parent.mkdir()
+    output.write_bytes(b"earlier")
+
+    def full(path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match="no space left"):
+        files.write_file(output, b"half")
+    assert [path.read_bytes() for path in output.parent.iterdir()] == [b"earlier"]
+    monkeypatch.undo()
+    assert main(["plot", str(tmp_path / "run"), "--output", str(output)]) == 0
+    assert [path.read_bytes()[:4] for path in output.parent.iterdir()] == [b"\x89PNG"]

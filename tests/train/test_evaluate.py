@@ -8,9 +8,9 @@ import torch
 
 from ffvt.data.partbirds import PartBirds
 from ffvt.data.sampling import EvaluationView
-from ffvt.report.selection import hit_rate, random_hit_rate, study_selection
+from ffvt.data.transforms import normalize
 from ffvt.train.distributed import World
-from ffvt.train.evaluate import Score, evaluate
+from ffvt.train.evaluate import Score, evaluate, hit_rates, random_hit_rates
 from tests.helpers import tiny_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -78,18 +78,60 @@ def test_a_picture_that_cannot_be_read_stops_the_evaluation_unless_it_is_to_be_l
         evaluate(Counted(), EvaluationView(Labelled([1], broken=(0,)), 2, skip_bad=True), ALONE, 2)
 
 
-def test_the_statistics_of_the_picks_are_those_of_a_slow_count():
-    model, birds = tiny_model(num_classes=9), PartBirds("test", "easy", size=11)
+def test_hit_rates_are_the_fractions_of_picks_on_the_object():
+    on_object = torch.tensor([[False, True, True, False, False], [False, False, False, False, True]])
+    index = torch.tensor([[[1, 2], [0, 3]], [[4, 1], [2, 3]]])  # 2 images, 2 layers, 2 picks
+    assert hit_rates(index, on_object).tolist() == [[1.0, 0.0], [0.5, 0.0]]
+
+
+def test_the_random_hit_rate_is_that_of_the_candidates():
+    on_object = torch.tensor([[False, True, True, False, False], [False, False, False, False, True]])
+    assert random_hit_rates(on_object, 0).tolist() == [0.4, 0.2]  # the class token is a candidate and never on it
+    assert random_hit_rates(on_object, 1).tolist() == [0.5, 0.25]
+
+
+def test_random_picks_reach_the_random_rate():
+    birds = PartBirds("test", "easy", size=40)
+    on_mark = torch.nn.functional.pad(torch.stack([birds.mark_tokens(i, 8) for i in range(40)]), (1, 0))
+    index = torch.stack([torch.stack([1 + torch.randperm(64)[:8] for _ in range(50)]) for _ in range(40)])
+    assert hit_rates(index, on_mark).mean().item() == pytest.approx(
+        random_hit_rates(on_mark, 1).mean().item(), abs=0.01
+    )
+
+
+def picks_and_marks(model, birds):
+    """Of every bird: the picks of every layer, the tokens that overlap its mark, and the predicted class."""
+    images = torch.stack([birds[i][0] for i in range(len(birds))])
+    with torch.no_grad():
+        logits, selection = model.eval().forward_with_selection(normalize(images))
+    marks = [{1 + int(patch) for patch in birds.mark_tokens(i, 16).nonzero()} for i in range(len(birds))]
+    return selection.index.tolist(), marks, logits.argmax(1).tolist()
+
+
+def slow_hit_rates(picks, marks):
+    """Of every layer."""
+    layers = zip(*picks)
+    return [
+        sum(pick in mark for chosen, mark in zip(layer, marks) for pick in chosen) / (len(marks) * len(picks[0][0]))
+        for layer in layers
+    ]
+
+
+@pytest.mark.parametrize("first_candidate", [0, 1])
+def test_the_statistics_of_the_picks_are_those_of_a_slow_count(first_candidate):
+    model, birds = tiny_model(num_classes=9, first_candidate=first_candidate), PartBirds("test", "easy", size=11)
     score = evaluate(model, EvaluationView(birds, 64, grid_size=4), ALONE, 4)
-    study = study_selection(model, birds, 11)
-    picks = study.index.tolist()
+    picks, marks, predictions = picks_and_marks(model, birds)
     rate = sum(0 in layer for image in picks for layer in image) / (11 * 3)
     overlap = sum(len(set(a) & set(b)) / 3 for image in picks for a, b in pairwise(image)) / (11 * 2)
     assert score.selection.class_token_rate == pytest.approx(rate)
     assert score.selection.layer_overlap == pytest.approx(overlap)
-    assert score.selection.hit_rate == pytest.approx(hit_rate(study.index, study.on_mark).mean().item())
-    assert score.selection.random_hit_rate == pytest.approx(random_hit_rate(study.on_mark, 1))
-    right = sum(int(study.predictions[i]) == birds.labels[i] for i in range(11))
+    by_layer = slow_hit_rates(picks, marks)
+    assert score.selection.layer_hit_rates == pytest.approx(by_layer)
+    assert score.selection.hit_rate == pytest.approx(sum(by_layer) / 3)
+    chance = sum(map(len, marks)) / (11 * (17 - first_candidate))
+    assert score.selection.random_hit_rate == pytest.approx(chance)
+    right = sum(label == true for label, true in zip(predictions, birds.labels))
     assert score.top1 == right / 11
 
 
@@ -105,16 +147,16 @@ def test_images_without_a_box_and_unreadable_ones_are_left_out_of_the_hit_rate()
 
     some, model = Some("test", "easy", size=9), tiny_model(num_classes=9)
     found = evaluate(model, EvaluationView(some, 64, grid_size=4, skip_bad=True), ALONE, 4)
-    study = study_selection(model, PartBirds("test", "easy", size=9), 9)
+    picks, marks, _ = picks_and_marks(model, PartBirds("test", "easy", size=9))
     assert found.count == 8
-    assert found.selection.hit_rate == pytest.approx(hit_rate(study.index[::2], study.on_mark[::2]).mean().item())
+    assert found.selection.layer_hit_rates == pytest.approx(slow_hit_rates(picks[::2], marks[::2]))
 
 
 def test_without_boxes_there_is_no_hit_rate_and_without_fusion_no_picks():
     images = PartBirds("test", "easy", size=4)
     view = EvaluationView(images, 64)  # no grid: nothing is known of the boxes
     selection = evaluate(tiny_model(num_classes=9), view, ALONE, 4).selection
-    assert selection.hit_rate is selection.random_hit_rate is None
+    assert selection.hit_rate is selection.random_hit_rate is selection.layer_hit_rates is None
     assert evaluate(tiny_model(num_classes=9, feature_fusion=False), view, ALONE, 4).selection is None
     assert evaluate(tiny_model(num_classes=9, depth=2), view, ALONE, 4).selection.layer_overlap is None
 
@@ -139,3 +181,11 @@ def test_a_score_survives_json():
     again = Score.from_summary(json.loads(json.dumps(score.summary())))
     assert again.selection == score.selection
     assert again.top1 == score.top1
+
+
+def test_a_score_of_before_there_were_rates_per_layer_is_read():
+    model, birds = tiny_model(num_classes=9), PartBirds("test", "easy", size=3)
+    old = evaluate(model, EvaluationView(birds, 64, grid_size=4), ALONE, 4).summary()
+    del old["selection"]["layer_hit_rates"]
+    assert Score.from_summary(old).selection.layer_hit_rates is None
+    assert Score.from_summary(old).selection.hit_rate == old["selection"]["hit_rate"]
