@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ffvt.kernels.ops import gather_tokens, maws_attention
-from ffvt.model.ffvt import Selection
+from ffvt.model.selection import Selection
 
 
 class _SelectingSDPA(TorchFunctionMode):
