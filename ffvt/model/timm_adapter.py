@@ -70,7 +70,8 @@ class FeatureFusion(SelectingModel):
         if isinstance(x, tuple):  # timm's RoPE models
             x, rope = x
         mixed = rope is not None and getattr(vit, "rope_mixed", False)  # a table per block
-        return vit.norm_pre(x), list(rope) if mixed else [rope] * len(vit.blocks)
+        depth = len(vit.blocks)
+        return vit.norm_pre(x), list(rope[:depth]) if mixed else [rope] * depth
 
     def _rope_of_picks(self, rope: Tensor | None, index: Tensor) -> Tensor | None:
         """The rotary table of picked tokens: rope ([H,] N-P, E), index (B, M) -> (B, H or 1, M, E).
