@@ -41,14 +41,9 @@ class ViT(nn.Module):
 
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
-        must = f"{self.feature_fusion} (ffvt.create_model takes both)"
-        require(
-            config.feature_fusion == self.feature_fusion,
-            type(self).__name__,
-            "feature_fusion",
-            must,
-            config.feature_fusion,
-        )
+        given, mine = config.feature_fusion, self.feature_fusion
+        must = f"{mine} (ffvt.create_model makes either)"
+        require(given == mine, type(self).__name__, "feature_fusion", must, given)
         self.config = config
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(config)

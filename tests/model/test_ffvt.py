@@ -255,6 +255,7 @@ def test_shapes_and_dtypes_of_the_selection():
 
 
 def test_compiles_in_one_graph():
+    torch.compiler.reset()  # the limit of recompilations is one for all models of this process
     model = tiny_model()
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 64, 64)
@@ -263,6 +264,7 @@ def test_compiles_in_one_graph():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler of torch.compile needs g++")
 def test_the_default_compiler_trains_in_one_graph():
+    torch.compiler.reset()
     model = tiny_model(depth=2)
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 64, 64)
