@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,4 +138,10 @@ def make_config(name: str, **overrides: Any) -> FFVTConfig:
         raise ValueError(
             f"create_model: overrides must be FFVTConfig fields ({', '.join(sorted(fields))}); got {unknown}"
         )
+    overrides = {name: _plain(value) for name, value in overrides.items()}
     return FFVTConfig(**{**preset, **overrides})
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers as Python's, which JSON knows."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value

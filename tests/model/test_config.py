@@ -1,5 +1,8 @@
 """The configuration: presets, the authors' names, and what is refused."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -50,3 +53,11 @@ BAD = {
 def test_bad_configurations_are_named(change, message):
     with pytest.raises(ValueError, match=f"(FFVTConfig|create_model): .*{message}"):
         ffvt.create_model(**{"name": "vit_b16", **change})
+
+
+def test_counts_of_numpy_are_saved_as_numbers(tmp_path):
+    sizes = dict(image_size=32, depth=np.int64(2), embed_dim=32, num_heads=2, mlp_dim=32, num_select=np.uint8(2))
+    ffvt.create_model("vit_s16", num_classes=np.array([0, 1, 2]).max() + 1, **sizes).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["num_classes"], saved["depth"], saved["num_select"]) == (3, 2, 2)
+    assert ffvt.FFVT.from_pretrained(tmp_path).config.depth == 2
