@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
+from ffvt.errors import require
+
 POSITIVE_INTEGERS = ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim")
+SWITCHES = ("feature_fusion", "qkv_bias", "prune_dead_rows", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -17,13 +22,16 @@ class FFVTConfig:
         image_size: side of the square input image, pixels; a multiple of the patch's side.
         patch_size: side of one patch, pixels.
         num_classes: classes of the head.
-        embed_dim, depth, num_heads, mlp_dim: C, L (the fusion block included), H, hidden units of the MLP.
+        embed_dim: C, width of the tokens; a multiple of num_heads.
+        depth: L, blocks, the fusion block included.
+        num_heads: H, attention heads of a block.
+        mlp_dim: hidden units of a block's MLP.
         num_select: K, tokens picked by each of the first L-1 blocks.
         feature_fusion: False gives the plain ViT of the same size.
         first_candidate: tokens [0, first_candidate) are never picked; 0 as the authors, 1 leaves out the class token.
         dropout: rate after the embeddings and inside the MLP, as the authors place it.
         qkv_bias: whether the query, key and value projections have a bias.
-        layer_scale: initial value of LayerScale's per-channel factors; None for none (True means 1e-5).
+        layer_scale: initial value of LayerScale's per-channel factors; None for none.
         prune_dead_rows: compute only the rows that are read in the last two blocks: exact, and faster.
         gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
         backbone: "r50" puts a ResNet-50 before the patches (the hybrid; needs timm); None for none.
@@ -47,31 +55,27 @@ class FFVTConfig:
     backbone: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer_scale, bool):
-            object.__setattr__(self, "layer_scale", 1e-5 if self.layer_scale else None)
         for name in POSITIVE_INTEGERS:
-            _require(_is_integer(getattr(self, name)) and getattr(self, name) >= 1, self, name, "a positive integer")
+            self._check(name, _is_integer(getattr(self, name)) and getattr(self, name) >= 1, "a positive integer")
         for name in ("num_select", "first_candidate"):
-            _require(_is_integer(getattr(self, name)), self, name, "an integer")
-        for name in ("dropout", "layer_scale"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, (int, float)), self, name, "a number")
-        _require(
-            self.image_size % self.patch_size == 0, self, "image_size", f"a multiple of patch_size={self.patch_size}"
-        )
-        _require(self.embed_dim % self.num_heads == 0, self, "embed_dim", f"a multiple of num_heads={self.num_heads}")
-        _require(self.dropout is not None and 0 <= self.dropout < 1, self, "dropout", "in [0, 1)")
-        _require(self.backbone in (None, "r50"), self, "backbone", "None or 'r50'")
-        _require(self.backbone is None or self.patch_size == 16, self, "patch_size", "16 behind the backbone")
+            self._check(name, _is_integer(getattr(self, name)), "an integer")
+        for name in SWITCHES:
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        self._check("image_size", self.image_size % self.patch_size == 0, f"a multiple of patch_size={self.patch_size}")
+        self._check("embed_dim", self.embed_dim % self.num_heads == 0, f"a multiple of num_heads={self.num_heads}")
+        self._check("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
+        self._check("layer_scale", self.layer_scale is None or _is_number(self.layer_scale), "a finite number or None")
+        self._check("backbone", self.backbone in (None, "r50"), "None or 'r50'")
+        self._check("patch_size", self.backbone is None or self.patch_size == 16, "16 behind the backbone")
         if self.feature_fusion:
-            _require(self.depth >= 2, self, "depth", "at least 2 with feature_fusion")
-            _require(
-                0 <= self.first_candidate < self.num_tokens, self, "first_candidate", f"in [0, N={self.num_tokens})"
-            )
-            candidates = self.num_tokens - self.first_candidate
-            _require(
-                1 <= self.num_select <= candidates, self, "num_select", f"in [1, N - first_candidate = {candidates}]"
-            )
+            tokens, first = self.num_tokens, self.first_candidate
+            self._check("depth", self.depth >= 2, "at least 2 with feature_fusion")
+            self._check("first_candidate", 0 <= first < tokens, f"in [0, N={tokens})")
+            limit = f"in [1, N - first_candidate = {tokens - first}]"
+            self._check("num_select", 1 <= self.num_select <= tokens - first, limit)
+
+    def _check(self, name: str, holds: bool, must: str) -> None:
+        require(holds, "FFVTConfig", name, must, getattr(self, name))
 
     @property
     def grid_size(self) -> int:
@@ -83,18 +87,13 @@ class FFVTConfig:
         """N: the class token and the patches."""
         return 1 + self.grid_size**2
 
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict, for JSON."""
-        return dataclasses.asdict(self)
-
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(holds: bool, config: FFVTConfig, name: str, must: str) -> None:
-    if not holds:
-        raise ValueError(f"FFVTConfig: {name} must be {must}; got {name}={getattr(config, name)!r}")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int, **more: Any) -> dict[str, Any]:
@@ -139,4 +138,10 @@ def make_config(name: str, **overrides: Any) -> FFVTConfig:
         raise ValueError(
             f"create_model: overrides must be FFVTConfig fields ({', '.join(sorted(fields))}); got {unknown}"
         )
+    overrides = {name: _plain(value) for name, value in overrides.items()}
     return FFVTConfig(**{**preset, **overrides})
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers as Python's, which JSON knows."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value

@@ -9,7 +9,14 @@ from ffvt.model.config import FFVTConfig
 
 @dataclass(frozen=True)
 class BlockRows:
-    """A block's tokens: `attended` give keys and values, `computed` go on through attention and MLP."""
+    """How many of a block's tokens are used for what.
+
+    Attributes:
+        attended: tokens that give keys and values.
+        computed: tokens whose query, attention and MLP are computed.
+        selects: whether the block picks tokens.
+        pruned: whether only the rows that are read later are computed.
+    """
 
     attended: int
     computed: int
@@ -33,6 +40,7 @@ def flops_per_image(config: FFVTConfig, training: bool = False, recomputation: b
     """Operations of one image's matrix products; a multiplication and an addition are two.
 
     Args:
+        config: of the model.
         training: with the backward: two products for each of the forward; one for the patch embedding, whose input
             needs no gradient; none for selection, which has no gradient.
         recomputation: also what training computes again: the logits in attention's backward, and all blocks with

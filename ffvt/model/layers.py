@@ -1,4 +1,8 @@
-"""The parts of the model: patch embedding, attention with selection, MLP, block."""
+"""The parts of the model: patch embedding, attentions, MLP, blocks.
+
+A `Class...` or `Pruned...` form computes only the rows that are read later. It has the parameters, under the names, and
+up to rounding the numbers of the full form.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffvt.errors import as_integer, require
 from ffvt.kernels.ops import gather_tokens, maws_attention_qkvpacked, maws_select
 from ffvt.model.config import FFVTConfig
 
@@ -48,20 +53,21 @@ def _resnet50() -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection: x (B, N, C) -> (B, N, C), or row 0 of it, (B, 1, C)."""
+    """Multi-head self-attention with one packed projection: x (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise ValueError(f"{type(self).__name__}: dim must be a multiple of num_heads={num_heads}; got dim={dim}")
+        where = type(self).__name__
+        dim, num_heads = as_integer(where, "dim", dim), as_integer(where, "num_heads", num_heads)
+        require(num_heads >= 1, where, "num_heads", "at least 1", num_heads)
+        require(dim >= 1 and dim % num_heads == 0, where, "dim", f"a multiple of num_heads={num_heads}", dim)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        q, k, v = self.project_qkv(x).unbind(2)
-        return self.attend(q[:, :1] if class_only else q, k, v)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*self.project_qkv(x).unbind(2))
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, 3, H, D), a view of the projection's output."""
@@ -80,58 +86,83 @@ class Attention(nn.Module):
         return self.proj(out.flatten(2))
 
 
-class SelectingAttention(Attention):
-    """Attention that also picks the K tokens of largest mutual attention weight, token 0 being the class token.
+class ClassAttention(Attention):
+    """`Attention` that computes the class token's row only: x (B, N, C) -> (B, 1, C)."""
 
-    x (B, N, C) -> attended tokens (B, N, C), None, index (B, K) int64, score (B, N) fp32. With selected_only, for a
-    block whose other rows nobody reads: the class token and the picks alone, (B, 1+K, C), and which rows these are,
-    (B, 1+K) int64, in place of None.
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project_qkv(x).unbind(2)
+        return self.attend(q[:, :1], k, v)
+
+
+class MAWSAttention(Attention):
+    """Multi-head self-attention that also picks the K tokens of largest mutual attention weight.
+
+    `forward` returns the picks beside the tokens. In a block of your own:
+
+        attended, index = self.attn(self.norm1(x))  # x (B, N, C), token 0 is the class token
+        x = x + attended  # then the MLP, as in any block
+        tokens = ffvt.gather_tokens(x, index)  # (B, K, C), the picked tokens
+
+    Code that expects the tokens alone takes `self.attn(x)[0]`.
+
+    Args:
+        dim: C, width of the tokens.
+        num_heads: H, attention heads.
+        num_select: K, tokens to pick.
+        qkv_bias: whether the packed projection has a bias.
+        first_candidate: tokens [0, first_candidate) are never picked; 0 as the authors, 1 leaves out the class token.
+
+    Raises:
+        TypeError: dim, num_heads, num_select or first_candidate is no integer.
+        ValueError: dim is no multiple of num_heads, or a count is out of range.
+
+    Source: FFVT (arXiv 2107.02341), section 3.2.
     """
 
     def __init__(
         self, dim: int, num_heads: int, num_select: int, qkv_bias: bool = True, first_candidate: int = 0
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias)
-        for name, value, least in (("num_select", num_select, 1), ("first_candidate", first_candidate, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{type(self).__name__}: {name} must be an integer from {least} on; got {name}={value!r}"
-                )
-        self.num_select = num_select
-        self.first_candidate = first_candidate
+        where = type(self).__name__
+        self.num_select = as_integer(where, "num_select", num_select)
+        self.first_candidate = as_integer(where, "first_candidate", first_candidate)
+        require(self.num_select >= 1, where, "num_select", "at least 1", num_select)
+        require(self.first_candidate >= 0, where, "first_candidate", "at least 0", first_candidate)
 
-    def forward(self, x: Tensor, selected_only: bool = False) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def forward(self, x: Tensor, need_score: bool = False) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """Attends and selects.
+
+        Args:
+            x: tokens (B, N, C), token 0 being the class token.
+            need_score: whether the score of every token is returned too.
+
+        Returns:
+            x: (B, N, C), the attended tokens. The only result that carries a gradient.
+            index: (B, K) int64, the picks, best first.
+            score: (B, N) fp32, with need_score only.
+
+        Raises:
+            ValueError: x is not (B, N, C), or has fewer than first_candidate + K tokens.
+        """
         qkv = self.project_qkv(x)
-        if not selected_only:
-            out, index, score = maws_attention_qkvpacked(qkv, self.num_select, first_candidate=self.first_candidate)
-            return self.merge_heads(out), None, index, score
-        q, k, v = qkv.unbind(2)
+        out, index, score = maws_attention_qkvpacked(qkv, self.num_select, first_candidate=self.first_candidate)
+        x = self.merge_heads(out)
+        return (x, index, score) if need_score else (x, index)
+
+
+class PrunedMAWSAttention(MAWSAttention):
+    """`MAWSAttention` that computes the class token and the picks only.
+
+    x (B, N, C) -> x (B, 1+K, C), the rows of the input that these are (B, 1+K) int64, index (B, K) int64, score (B, N)
+    fp32.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v = self.project_qkv(x).unbind(2)
         index, score = maws_select(q, k, self.num_select, first_candidate=self.first_candidate)
         rows = F.pad(index, (1, 0))  # the class token, then the picks
         q = gather_tokens(q.flatten(2), rows).unflatten(2, (self.num_heads, self.head_dim))
         return self.attend(q, k, v), rows, index, score
-
-
-class MAWSAttention(SelectingAttention):
-    """Multi-head self-attention that also picks the K tokens of largest mutual attention weight: a drop-in module.
-
-    Args:
-        dim: C. num_heads: H. num_select: K. qkv_bias: whether the packed projection has a bias.
-        first_candidate: tokens [0, first_candidate) are never picked; 0 as the authors.
-
-    `forward` takes x (B, N, C), token 0 being the class token, and returns the attended tokens (B, N, C) and the index
-    (B, K) int64 of the picks, best first. Gradients flow through the tokens only.
-
-    Raises:
-        ValueError: dim is no multiple of num_heads, a count is out of range, or x has fewer than first_candidate + K
-            tokens or is not (B, N, C).
-
-    Source: FFVT (arXiv 2107.02341), section 3.2.
-    """
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out, _, index, _ = super().forward(x)
-        return out, index
 
 
 class MLP(nn.Module):
@@ -159,44 +190,65 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)); (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, config: FFVTConfig, attention: Attention) -> None:
+    attention: type[Attention] = Attention
+
+    def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.layer_scale
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = attention
+        self.attn = self.make_attention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = MLP(dim, config.mlp_dim, config.dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """x (B, N, C) -> (B, N, C), or row 0 of it alone, (B, 1, C)."""
-        return self.add_branches(x[:, :1] if class_only else x, self.attn(self.norm1(x), class_only))
+    def make_attention(self, config: FFVTConfig) -> Attention:
+        return self.attention(config.embed_dim, config.num_heads, config.qkv_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add_branches(x, self.attn(self.norm1(x)))
 
     def add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Both residual additions, for whichever rows are given."""
+        """Both residual additions, for whichever rows are given: x and attended (B, M, C) -> (B, M, C)."""
         x = x + self.ls1(attended)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class SelectingBlock(Block):
-    """A block whose attention picks tokens.
+class ClassBlock(Block):
+    """`Block` that computes the class token only: (B, N, C) -> (B, 1, C)."""
 
-    x (B, N, C) -> x (B, N, C), the picked tokens (B, K, C), index (B, K), score (B, N). With selected_only, of x only
-    the class token (B, 1, C) is computed beside the picks.
+    attention = ClassAttention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add_branches(x[:, :1], self.attn(self.norm1(x)))
+
+
+class SelectingBlock(Block):
+    """`Block` that picks K of its tokens.
+
+    x (B, N, C) -> x (B, N, C), the picked tokens (B, K, C), their index (B, K) int64, the score (B, N) fp32 of all.
     """
 
-    def __init__(self, config: FFVTConfig) -> None:
-        heads, bias = config.num_heads, config.qkv_bias
-        attention = SelectingAttention(config.embed_dim, heads, config.num_select, bias, config.first_candidate)
-        super().__init__(config, attention)
+    attention = MAWSAttention
 
-    def forward(self, x: Tensor, selected_only: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        attended, rows, index, score = self.attn(self.norm1(x), selected_only)
-        if selected_only:
-            kept = self.add_branches(gather_tokens(x, rows), attended)
-            return kept[:, :1], kept[:, 1:], index, score
+    def make_attention(self, config: FFVTConfig) -> Attention:
+        heads, bias = config.num_heads, config.qkv_bias
+        return self.attention(config.embed_dim, heads, config.num_select, bias, config.first_candidate)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attended, index, score = self.attn(self.norm1(x), need_score=True)
         x = self.add_branches(x, attended)
         return x, gather_tokens(x, index), index, score
+
+
+class PrunedSelectingBlock(SelectingBlock):
+    """`SelectingBlock` that computes the class token and the picks only: of x it returns the class token, (B, 1, C)."""
+
+    attention = PrunedMAWSAttention
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attended, rows, index, score = self.attn(self.norm1(x))
+        x = self.add_branches(gather_tokens(x, rows), attended)  # (B, 1+K, C)
+        return x[:, :1], x[:, 1:], index, score

@@ -31,9 +31,12 @@ MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and
 class LoadReport:
     """What `load_weights` did.
 
-    format: which layout was recognised. loaded: parameters of the model that were filled whole. resized: position grids
-    that were interpolated (also in `loaded`). left: parameters that keep their value, or part of it. ignored: source
-    entry -> why it was not used.
+    Attributes:
+        format: the layout that was recognised.
+        loaded: parameters of the model that were filled whole.
+        resized: position grids that were interpolated (also in `loaded`).
+        left: parameters that keep their value, or part of it.
+        ignored: source entry -> why it was not used.
     """
 
     format: str
@@ -54,7 +57,7 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random") -> LoadReport:
-    """Loads weights into an FFVT, in place; on any error the model is unchanged.
+    """Loads weights into an `FFVT` or a `ViT`, in place; on any error the model is unchanged.
 
     Args:
         model: an `ffvt.create_model` model.
@@ -70,15 +73,17 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
         LoadReport: loaded, resized, left, ignored.
 
     Raises:
-        FileNotFoundError: no such path. TypeError: model is no FFVT. ValueError: an unreadable, truncated, unrecognised
-            or pickled source, a shape that does not fit, or an unknown `last_block`. Pickles are never run.
+        FileNotFoundError: no such path.
+        TypeError: model is no ffvt model.
+        ValueError: an unreadable, truncated, unrecognised or pickled source, a shape that does not fit, or an unknown
+            `last_block`. Pickles are never run.
     """
     if last_block not in LAST_BLOCK_CHOICES:
         raise ValueError(f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={last_block!r}")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     model = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(getattr(model, "config", None), FFVTConfig):
-        raise TypeError(f"load_weights: model must be an ffvt.FFVT; got {type(model).__name__}")
+        raise TypeError(f"load_weights: model must be an ffvt.FFVT or ffvt.ViT; got {type(model).__name__}")
     entries, others = _as_tensors(_state_dict(source) if isinstance(source, Mapping) else _read(Path(source), model))
     use_last = last_block == "pretrained" or not model.config.feature_fusion
     try:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import ffvt
 from ffvt.data.transforms import PLAIN
 from ffvt.model.config import make_config
 from ffvt.model.cost import flops_per_image, num_parameters
+from ffvt.model.ffvt import from_config
 from ffvt.train.distributed import World
 from ffvt.train.memory import saved_activations, training_memory
 from ffvt.train.options import TrainOptions
@@ -78,7 +78,7 @@ def counted_flops(model, batch, training):
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=named)
 def test_operations_are_those_that_pytorch_counts(changes):
-    model = ffvt.FFVT(small_config(**changes))
+    model = from_config(small_config(**changes))
     assert counted_flops(model, 2, training=False) == 2 * flops_per_image(model.config)
     training = 2 * flops_per_image(model.config, training=True, recomputation=True)
     assert counted_flops(model, 2, training=True) == training
@@ -98,12 +98,12 @@ def test_what_is_computed_twice_counts_only_where_asked():
 @pytest.mark.parametrize("changes", VARIANTS, ids=named)
 def test_parameters_are_counted_without_making_them(changes):
     config = small_config(**changes)
-    assert num_parameters(config) == sum(p.numel() for p in ffvt.FFVT(config).parameters())
+    assert num_parameters(config) == sum(p.numel() for p in from_config(config).parameters())
 
 
 def bytes_kept_by_autograd(config, batch, precision):
     """Of the distinct memory that a forward hands to autograd, parameters left out."""
-    model = ffvt.FFVT(config).train()
+    model = from_config(config).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 

@@ -1,0 +1,27 @@
+"""How an argument is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from ffvt.errors import as_integer, require
+
+
+def test_a_refusal_names_place_rule_and_value():
+    require(True, "place", "rate", "in [0, 1)", 0.5)
+    with pytest.raises(ValueError, match=r"^place: rate must be in \[0, 1\); got rate=1.5$"):
+        require(False, "place", "rate", "in [0, 1)", 1.5)
+    with pytest.raises(ValueError, match=r"got name='x'$"):
+        require(False, "place", "name", "known", "x")
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)], ids=repr)
+def test_what_counts_becomes_an_int(value):
+    assert as_integer("place", "count", value) == 3
+    assert type(as_integer("place", "count", value)) is int
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 3.0, np.float32(3), "3", None, torch.tensor(3.0)], ids=repr)
+def test_what_does_not_count_is_refused_by_name(value):
+    with pytest.raises(TypeError, match=r"^place: count must be an integer; got count="):
+        as_integer("place", "count", value)
