@@ -21,19 +21,19 @@ def build_rival(name: str, config: ffvt.FFVTConfig) -> nn.Module:
     """A rival on the CPU; all fusion rivals with the same weights, all plain ones with the same."""
     torch.manual_seed(0)
     if name == OURS_PLAIN and find_spec("timm") is None:  # its speed does not depend on whose weights it has
-        return ffvt.FFVT(dataclasses.replace(config, feature_fusion=False))
+        return ffvt.ViT(dataclasses.replace(config, feature_fusion=False))
     if name in PLAIN:
         timm_vit = build_timm_vit(config)
         if name == TIMM:
             return timm_vit
-        return _loaded(ffvt.FFVT(dataclasses.replace(config, feature_fusion=False)), timm_vit)
+        return _loaded(ffvt.ViT(dataclasses.replace(config, feature_fusion=False)), timm_vit)
     eager = AuthorsEagerFFVT(config)
     if name == EAGER:
         return eager
     return _loaded(ffvt.FFVT(dataclasses.replace(config, prune_dead_rows=name == OURS)), eager)
 
 
-def _loaded(model: ffvt.FFVT, source: nn.Module) -> ffvt.FFVT:
+def _loaded(model: ffvt.ViT, source: nn.Module) -> ffvt.ViT:
     report = ffvt.load_weights(model, source.state_dict())
     if report.left or report.ignored:
         raise AssertionError(f"model_rivals: every weight must have a place; got {report}")
