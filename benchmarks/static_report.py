@@ -151,7 +151,7 @@ def changed(selected: Iterable[Job], recorded: Sequence[dict[str, Any]]) -> list
 
     def key(row: dict[str, Any]) -> str:
         fields = ("name", "architecture", "dtype", "head_dim", "constants", "options", "source")
-        return json.dumps([row[field] for field in fields], sort_keys=True)
+        return json.dumps([row.get(field) for field in fields], sort_keys=True)
 
     known = {key(record) for record in recorded}
     return [job for job in selected if key(job.to_dict()) not in known]
@@ -176,7 +176,7 @@ def source_hash(name: str) -> str:
                 sources[f"{function.__module__}.{used}"] = repr(value.value)
             elif isinstance(value, type) and issubclass(value, tuple):
                 sources[f"{function.__module__}.{used}"] = repr(value._fields)
-            elif hasattr(value, "fn"):  # a function of Triton's, compiled or interpreted
+            elif hasattr(value, "fn"):  # a device function, compiled or interpreted
                 waiting.append(value.fn)
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
