@@ -26,8 +26,8 @@ from ffvt.kernels import tuning
 from ffvt.kernels.tiles_triton import (
     LOG2_E,
     MAX_EXTENT,
+    add,
     add_dot,
-    add_weighted_rows,
     contiguous_head,
     dot_row,
     dot_rows,
@@ -41,6 +41,7 @@ from ffvt.kernels.tiles_triton import (
     store_row,
     store_tile,
     strided,
+    weighted_rows,
     zero_row,
 )
 
@@ -255,7 +256,7 @@ def class_gradient(
             tile_lse = tl.load(lse + offs, mask=mask, other=float("inf"))
             tile_delta = tl.load(delta + offs, mask=mask, other=0.0)
             p, ds = class_weights(a, a_class, b, b_class, tile_lse, tile_delta, scale_log2)
-        da = add_weighted_rows(da, tl.where(mask, ds, 0.0), a)
+        da = add(da, weighted_rows(tl.where(mask, ds, 0.0), a))
         if not IS_QUERY:
-            db = add_weighted_rows(db, tl.where(mask, p, 0.0), b)
+            db = add(db, weighted_rows(tl.where(mask, p, 0.0), b))
     return da, db

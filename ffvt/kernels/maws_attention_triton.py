@@ -25,8 +25,8 @@ from ffvt.kernels.maws_select_triton import pick
 from ffvt.kernels.tiles_triton import (
     LN_2,
     LOG2_E,
+    add,
     add_dot,
-    add_weighted_rows,
     contiguous_head,
     dot_row,
     dot_transposed,
@@ -38,6 +38,7 @@ from ffvt.kernels.tiles_triton import (
     store_row,
     store_tile,
     strided,
+    weighted_rows,
     zero_row,
 )
 
@@ -73,12 +74,11 @@ def attention_forward_kernel(
     q, k, v = head_of(q, bh, H), head_of(k, bh, H), head_of(v, bh, H)
     out = contiguous_head(out_ptr, bh, N, H, D)
     line = bh.to(tl.int64) * N
-    lse_ptr, row_ptr, col_ptr = lse_ptr + line, row_ptr + line, col_ptr + line
     if tile == tiles:
-        class_row(q, k, v, out, lse_ptr, row_ptr, col_ptr, N, scale, scale_log2, D, BLOCK_N)
+        class_row(q, k, v, out, lse_ptr + line, row_ptr + line, col_ptr + line, N, scale, scale_log2, D, BLOCK_N)
     if tile < tiles:
         offs_m = 1 + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        query_tile(q, k, v, out, lse_ptr, col_ptr, offs_m, N, scale, scale_log2, D, BLOCK_N, TAIL)
+        query_tile(q, k, v, out, lse_ptr + line, col_ptr + line, offs_m, N, scale, scale_log2, D, BLOCK_N, TAIL)
 
 
 @triton.jit
@@ -155,7 +155,8 @@ def class_row(
         p = tl.exp2(s - shift)
         alpha = tl.exp2(m - shift)
         l = l * alpha + tl.sum(p, 0)
-        acc = add_weighted_rows(scaled(acc, alpha), p, load_tile(v_head, offs_n, mask_n, D))
+        added = weighted_rows(p, load_tile(v_head, offs_n, mask_n, D))
+        acc = add(scaled(acc, alpha), added)
         m = m_new
     tl.store(lse_ptr, (m + tl.log2(l)) * LN_2)
     store_row(out_head, [block / l for block in acc], D)

@@ -44,9 +44,9 @@ def block_widths(D: int) -> tuple[int, ...]:
 
 
 @triton.constexpr_function
-def is_padded(D: int, BLOCK: int) -> bool:
+def is_padded(D: int, PART: int) -> bool:
     """Whether a column block reaches past D."""
-    return sum(block_widths(D)[: BLOCK + 1]) > D
+    return sum(block_widths(D)[: PART + 1]) > D
 
 
 class Head(NamedTuple):
@@ -70,16 +70,16 @@ def contiguous_head(ptr, bh, N, H, D: tl.constexpr):
 
 
 @triton.jit
-def columns(D: tl.constexpr, BLOCK: tl.constexpr):
+def columns(D: tl.constexpr, PART: tl.constexpr):
     """Columns of a column block."""
-    return BLOCK * block_widths(D)[0] + tl.arange(0, block_widths(D)[BLOCK])
+    return PART * block_widths(D)[0] + tl.arange(0, block_widths(D)[PART])
 
 
 @triton.jit
-def load_block(head, offs, mask, D: tl.constexpr, BLOCK: tl.constexpr):
-    cols = columns(D, BLOCK)
+def load_block(head, offs, mask, D: tl.constexpr, PART: tl.constexpr):
+    cols = columns(D, PART)
     ptrs = head.ptr + offs[:, None] * head.stride + cols[None, :]  # (R, W)
-    if is_padded(D, BLOCK):
+    if is_padded(D, PART):
         keep = cols[None, :] < D
         if mask is not None:
             keep = keep & mask[:, None]
@@ -224,11 +224,17 @@ def outer(p, row):
 
 
 @triton.jit
-def add_weighted_rows(acc, p, b):
-    """acc + p b of a row acc and a tile b, (S,) x (S, D) added to (D,), in fp32."""
+def weighted_rows(p, b):
+    """p b of weights and a tile, (S,) x (S, D) -> the row (D,), in fp32."""
+    return [tl.sum(p[:, None] * block.to(tl.float32), 0) for block in b]
+
+
+@triton.jit
+def add(a, b):
+    """Sum of two rows or tiles."""
     total = ()
-    for i in tl.static_range(len(b)):
-        total += (acc[i] + tl.sum(p[:, None] * b[i].to(tl.float32), 0),)
+    for i in tl.static_range(len(a)):
+        total += (a[i] + b[i],)
     return total
 
 
