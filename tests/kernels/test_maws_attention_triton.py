@@ -21,8 +21,9 @@ def _on_triton():
         yield
 
 
-@pytest.mark.parametrize("head_dim", [20, 72])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 33, 50, 65, 81])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [*((tokens, 20) for tokens in (1, 2, 16, 17, 33, 50, 65, 81)), (2, 72), (17, 72), (33, 72)]
+)
 def test_values_and_gradients_agree_with_the_truth_around_every_tile_edge(monkeypatch, tokens, head_dim):
     for kernel in tuning.TABLES:
         monkeypatch.setitem(tuning.TABLES, kernel, (SMALL,))
