@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import static_report  # noqa: E402
+from benchmarks import static_jobs, static_report  # noqa: E402
 from ffvt.kernels import maws_attention_triton, tiles_triton  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +64,9 @@ def test_the_oldest_triton_compiles_them_too():
 @pytest.mark.parametrize("version", RECORDED)
 def test_the_recorded_reports_hold_every_shipped_configuration_of_these_sources(version):
     recorded = read(version)
-    stale = static_report.changed(static_report.jobs(), recorded)
+    stale = static_jobs.changed(static_jobs.jobs(), recorded)
     assert not stale, f"{len(stale)} rows are stale; `make static-report` compiles them anew"
-    assert len(recorded) == len(list(static_report.jobs()))
+    assert len(recorded) == len(list(static_jobs.jobs()))
 
 
 @pytest.mark.parametrize("version", RECORDED)
@@ -74,17 +74,17 @@ def test_the_recorded_reports_hold_matrix_instructions_and_no_spill(version):
     for record in read(version):
         assert record["spilled_bytes"] == 0, record
         assert record["programs_per_multiprocessor"] >= 1, record
-        if record["name"] in static_report.ATTENTION and record["dtype"] != "fp32":
+        if record["name"] in static_jobs.ATTENTION and record["dtype"] != "fp32":
             expected = {"sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}.get(record["architecture"])
             assert expected is None or expected in record["matrix_instructions"], record
             assert record["matrix_instructions"], record
 
 
 def test_the_representative_rows_are_one_per_kernel_dtype_and_target():
-    rows = static_report.representative(static_report.jobs())
+    rows = static_jobs.representative(static_jobs.jobs())
     counts = Counter((job.name, job.dtype, job.architecture) for job in rows)
     for target in ("sm_80", "sm_90", "gfx942"):
-        for name in static_report.KERNELS:
+        for name in static_jobs.KERNELS:
             for dtype in ("fp32",) if name == "select" else ("fp16", "bf16", "fp32"):
                 launches = 2 if (name, dtype) == ("key_gradient", "fp32") else 1
                 assert counts.pop((name, dtype, target)) == launches
@@ -94,18 +94,18 @@ def test_the_representative_rows_are_one_per_kernel_dtype_and_target():
 
 @pytest.mark.parametrize("field", ["source", "options", "constants"])
 def test_a_row_has_changed_where_its_source_or_configuration_is_not_as_recorded(field):
-    jobs = list(static_report.jobs())[:20]
+    jobs = list(static_jobs.jobs())[:20]
     recorded = [json.loads(json.dumps(job.to_dict())) for job in jobs]
-    assert static_report.changed(jobs, recorded) == []
+    assert static_jobs.changed(jobs, recorded) == []
     recorded[7][field] = "another"
-    assert static_report.changed(jobs, recorded) == [jobs[7]]
+    assert static_jobs.changed(jobs, recorded) == [jobs[7]]
 
 
 @pytest.fixture
 def fresh_hashes():
-    static_report.source_hash.cache_clear()
+    static_jobs.source_hash.cache_clear()
     yield
-    static_report.source_hash.cache_clear()
+    static_jobs.source_hash.cache_clear()
 
 
 def other_outer(p, row):
@@ -122,11 +122,11 @@ def other_outer(p, row):
     ids=["constant", "device function"],
 )
 def test_the_hash_follows_what_the_kernel_uses_and_nothing_else(monkeypatch, module, name, value):
-    before = {kernel: static_report.source_hash(kernel) for kernel in ("forward", "gather")}
-    static_report.source_hash.cache_clear()
+    before = {kernel: static_jobs.source_hash(kernel) for kernel in ("forward", "gather")}
+    static_jobs.source_hash.cache_clear()
     monkeypatch.setattr(module, name, value)
-    assert static_report.source_hash("forward") != before["forward"]
-    assert static_report.source_hash("gather") == before["gather"]
+    assert static_jobs.source_hash("forward") != before["forward"]
+    assert static_jobs.source_hash("gather") == before["gather"]
 
 
 KERNEL = 'def kernel(x):\n    """What it does."""\n    return x + 1  # why\n'
@@ -152,19 +152,19 @@ def test_the_hash_is_of_code_not_of_comments_docstrings_or_place(monkeypatch, tm
         spec = importlib.util.spec_from_file_location("kernels", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setitem(static_report.KERNELS, "gather", SimpleNamespace(fn=module.kernel))
-        static_report.source_hash.cache_clear()
-        hashes.append(static_report.source_hash("gather"))
+        monkeypatch.setitem(static_jobs.KERNELS, "gather", SimpleNamespace(fn=module.kernel))
+        static_jobs.source_hash.cache_clear()
+        hashes.append(static_jobs.source_hash("gather"))
     assert (hashes[0] == hashes[1]) is same
 
 
 def test_a_tensor_is_its_pointer_and_its_strides_to_the_compiler():
-    job = static_report.Job("key_gradient", "sm_90", "fp16", 64, (("D", 64), ("dv", None)), ())
-    signature, constants, attributes = static_report.compiler_arguments(job)
+    job = static_jobs.Job("key_gradient", "sm_90", "fp16", 64, (("D", 64), ("dv", None)), ())
+    signature, constants, attributes = static_jobs.compiler_arguments(job)
     assert signature["q"] == ("*fp16", ("i32", "i32", "i32"))
     assert (signature["N"], signature["scale"], signature["lse_ptr"]) == ("i32", "fp32", "*fp32")
     assert signature["dv"] == signature["D"] == "constexpr"
-    names = static_report.KERNELS["key_gradient"].arg_names
+    names = static_jobs.KERNELS["key_gradient"].arg_names
     assert constants == {(names.index("D"),): 64, (names.index("dv"),): None}
     first = names.index("q")
     assert {(first, 0), (first, 1, 0), (first, 1, 1), (first, 1, 2)} <= set(attributes)
@@ -172,7 +172,7 @@ def test_a_tensor_is_its_pointer_and_its_strides_to_the_compiler():
 
 
 def test_a_stride_of_one_is_compiled_in():
-    job = static_report.Job("gather", "sm_90", "bf16", 0, (("COLUMNS", 1024),), ())
-    signature, constants, _ = static_report.compiler_arguments(job)
+    job = static_jobs.Job("gather", "sm_90", "bf16", 0, (("COLUMNS", 1024),), ())
+    signature, constants, _ = static_jobs.compiler_arguments(job)
     assert signature["x"] == ("*bf16", ("i32", "i32", "constexpr"))
     assert (constants[(0, 1, 2)], constants[(1, 1, 1)]) == (1, 1)
