@@ -50,17 +50,17 @@ KEY_LAUNCHES = {2: (None,), 4: ("dv", "dk")}
 
 
 def maws_attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, grads: tuple[Tensor, ...]
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, grads: tuple[Tensor, ...]
 ) -> None:
-    """The gradient of `out`, given its own do, written into grads = (dq, dk, dv), each (B, N, H, D)."""
+    """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D)."""
     B, N, H, D = q.shape
     if not B:
         return
-    if do.stride(-1) != 1 or extent(do) > MAX_EXTENT:  # the gradient of a sum is broadcast
-        do = do.contiguous()
+    if grad_out.stride(-1) != 1 or extent(grad_out) > MAX_EXTENT:  # the gradient of a sum is broadcast
+        grad_out = grad_out.contiguous()
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
-    inputs = [strided(tensor) for tensor in (q, k, v, do)]
+    inputs = [strided(tensor) for tensor in (q, k, v, grad_out)]
     dq, dk, dv = (strided(grad) for grad in grads)
 
     def launch(kernel: triton.JITFunction, name: str, *others: Any) -> None:
