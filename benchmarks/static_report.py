@@ -2,11 +2,12 @@
 
     python -m benchmarks.static_report            compile all, rewrite the results and DESIGN.md
     python -m benchmarks.static_report --check    compile all; exit 1 where the file differs or a kernel spills
+    python -m benchmarks.static_report --quick    check one row per kernel, dtype and GPU, and rows whose code changed
 
-Head dimensions 32, 64, 80, 96, 128, a positive scale, aligned strides; selection of 12 and 64 tokens. Per kernel,
-architecture, dtype and head dimension: registers, stack (spills), shared memory, warps, how many programs fit on one
-multiprocessor, and how many matrix instructions the binary holds. Another Triton version is measured by putting it
-first on PYTHONPATH.
+Head dimensions 32, 64, 80, 96, 128, aligned strides; selection of 12 and 64 tokens. Per kernel, architecture, dtype and
+head dimension: registers, stack (spills), shared memory, warps, how many programs fit on one multiprocessor, how many
+matrix instructions the binary holds, and a hash of the kernel's source. Another Triton version is measured by putting
+it first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -19,34 +20,31 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ffvt.kernels import (
-    gather_tokens_triton,
-    maws_attention_backward_triton,
-    maws_attention_triton,
-    maws_select_triton,
-    tuning,
+from benchmarks.static_jobs import (
+    ATTENTION,
+    DTYPES,
+    KERNELS,
+    TARGETS,
+    Job,
+    changed,
+    compiler_arguments,
+    jobs,
+    representative,
 )
-from ffvt.kernels.tiles_triton import head_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DESIGN = ROOT / "DESIGN.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-TARGETS = {
-    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 LIMITS = {  # per multiprocessor: registers, bytes of shared memory, threads, programs
     "sm_80": (65536, 164 * 1024, 2048, 32),
     "sm_86": (65536, 100 * 1024, 1536, 16),
@@ -56,97 +54,15 @@ LIMITS = {  # per multiprocessor: registers, bytes of shared memory, threads, pr
 }
 SHOWN = (("fp16", 64), ("fp16", 80), ("fp16", 128), ("fp32", 64))  # what DESIGN.md's table shows
 SHOWN_VERSION = "3.8.0"
-WANTS = ("WANT_DK", "WANT_DV")
 RESERVED_SHARED = 1024  # bytes of shared memory that CUDA keeps per program
-DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
-HEAD_DIMS = (32, 64, 80, 96, 128)
-ATTENTION = {
-    "forward": maws_attention_triton.attention_forward_kernel,
-    "query_gradient": maws_attention_backward_triton.query_gradient_kernel,
-    "key_gradient": maws_attention_backward_triton.key_gradient_kernel,
-}
-EXTRA = {  # constants that a launch adds to the configuration
-    "forward": lambda dtype: ({"NEGATIVE": False},),
-    "query_gradient": lambda dtype: ({},),
-    "key_gradient": lambda dtype: maws_attention_backward_triton.WANTED[dtype == "fp32"],
-}
-DATA = {"q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "x", "grad"}  # pointers to the dtype of the inputs
-FEW_TOKENS = (16, 64, 256)
-STATISTICS = {"lse", "delta", "row", "column", "score"}
-UNALIGNED = {"tokens", "heads", "num_select", "first_candidate"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel in one configuration for one architecture."""
-
-    name: str
-    architecture: str
-    dtype: str
-    head_dim: int
-    constants: tuple[tuple[str, int | bool], ...]
-    options: tuple[tuple[str, int], ...]
-
-
-def jobs() -> Iterator[Job]:
-    """Every row of the tables that these architectures reach, at the usual head dimensions."""
-    for arch in TARGETS:
-        for dtype, size in DTYPES.items():
-            for head_dim in HEAD_DIMS:
-                low, high = head_blocks(head_dim)
-                shape = {"D": head_dim, "LOW": low, "HIGH": high}
-                for name in ATTENTION:
-                    config = tuning.attention(name, arch, size, head_dim)
-                    for extra in EXTRA[name](dtype):
-                        yield _job(name, arch, dtype, head_dim, {**shape, **extra}, config)
-                yield _job("class_logits", arch, dtype, head_dim, shape, tuning.class_logits())
-            yield _job("gather", arch, dtype, 0, {"x_column": 1, "index_column": 1}, tuning.gather())
-            yield _job("scatter", arch, dtype, 0, {"grad_column": 1, "index_column": 1}, tuning.scatter())
-        for tokens in (*FEW_TOKENS, *tuning.SELECT):
-            for num_select in (12, 64):
-                yield _job("select", arch, "fp32", 0, {}, tuning.select(arch, tokens, num_select))
-
-
-def _job(name: str, arch: str, dtype: str, head_dim: int, shape: dict[str, Any], config: tuning.Config) -> Job:
-    constants = {**shape, **config.constants}
-    return Job(name, arch, dtype, head_dim, tuple(constants.items()), tuple(config.options.items()))
-
-
-def kernel_of(name: str) -> triton.JITFunction:
-    """The kernel of a job's name."""
-    return {
-        **ATTENTION,
-        "class_logits": maws_select_triton.class_logits_kernel,
-        "select": maws_select_triton.select_kernel,
-        "gather": gather_tokens_triton.gather_kernel,
-        "scatter": gather_tokens_triton.scatter_kernel,
-    }[name]
 
 
 def compile_job(job: Job) -> dict[str, Any]:
     """What the compiler says of one job."""
-    kernel = kernel_of(job.name)
-    constants = dict(job.constants)
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int], list] = {}
-    for place, name in enumerate(kernel.arg_names):
-        signature[name] = _type(name, job.dtype) if name not in constants else "constexpr"
-        if name not in constants and name not in UNALIGNED and signature[name] != "fp32":
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
+    source = ASTSource(KERNELS[job.name], *compiler_arguments(job))
     compiled = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
     facts = _amd(compiled, job) if job.architecture.startswith("gfx") else _nvidia(compiled, job)
-    return {**asdict(job), "constants": constants, "options": dict(job.options), **facts}
-
-
-def _type(name: str, dtype: str) -> str:
-    if name in DATA:
-        return f"*{dtype}"
-    if name in STATISTICS:
-        return "*fp32"
-    if name == "index":
-        return "*i64"
-    return "fp32" if name.startswith("scale") else "i32"
+    return {**job.to_dict(), **facts}
 
 
 def _nvidia(compiled: Any, job: Job) -> dict[str, Any]:
@@ -224,8 +140,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows: dict[str, dict[str, str]] = {}
     for record in records:
         if (record["dtype"], record["head_dim"]) in SHOWN and record["name"] in ATTENTION:
-            name = record["name"] + "".join(f", {key[5:].lower()}" for key in WANTS if record["constants"].get(key))
-            label = f"{name}, {record['dtype']}, {record['head_dim']}"
+            wanted = [name for name in ("dk", "dv") if name not in record["constants"]]
+            names = [record["name"], *(wanted if record["name"] == "key_gradient" else ())]
+            label = ", ".join([*names, record["dtype"], str(record["head_dim"])])
             counts = ", ".join(f"{count} {name.split('.')[0]}" for name, count in record["matrix_instructions"].items())
             cell = (
                 record["registers"],
@@ -247,32 +164,41 @@ def with_table(text: str, records: Sequence[dict[str, Any]]) -> str:
     return f"{before}{begin}{table(records)}\n{end}{after}"
 
 
-def differences(found: Sequence[dict[str, Any]], recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """What was compiled now and is not in the file as it is now."""
-    known = {json.dumps(record, sort_keys=True) for record in recorded}
-    return [text for text in (json.dumps(record, sort_keys=True) for record in found) if text not in known]
+def differences(found: Sequence[dict[str, Any]], recorded: Sequence[dict[str, Any]], ignored: str = "") -> list[str]:
+    """What was compiled now and is not in the file as it is now, one field aside."""
+
+    def text(record: dict[str, Any]) -> str:
+        return json.dumps({key: value for key, value in record.items() if key != ignored}, sort_keys=True)
+
+    known = {text(record) for record in recorded}
+    return [line for line in map(text, found) if line not in known]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, and writes or compares; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference or a spill")
+    parser.add_argument("--quick", action="store_true", help="the same of few rows and those whose code changed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--architectures", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     arguments = parser.parse_args(argv)
+    check = arguments.check or arguments.quick
     everything = list(jobs())
     wanted = [
         job for job in everything if job.architecture in arguments.architectures and job.dtype in arguments.dtypes
     ]
-    if not arguments.check and len(wanted) < len(everything):
+    if not check and len(wanted) < len(everything):
         parser.error("a part can be checked with --check, but the file is written whole")
+    path = RESULTS / f"static-triton-{triton.__version__}.json"
+    recorded = json.loads(path.read_text()) if check and path.exists() else []
+    if arguments.quick:
+        wanted = list(dict.fromkeys((*representative(wanted), *changed(wanted, recorded))))
     records = json.loads(json.dumps(run(wanted, arguments.jobs)))
     problems = [f"spills: {r}" for r in records if r["spilled_bytes"]]
-    path = RESULTS / f"static-triton-{triton.__version__}.json"
-    if arguments.check:
-        recorded = json.loads(path.read_text()) if path.exists() else []
-        problems += [f"not in {path.name}: {line}" for line in differences(records, recorded)]
+    if check:
+        ignored = "source" if arguments.quick else ""
+        problems += [f"not in {path.name}: {line}" for line in differences(records, recorded, ignored)]
         extra = len(recorded) - len(everything)
         problems += [f"{path.name} holds {extra} more configurations than are shipped"] if extra > 0 else []
     else:

@@ -6,42 +6,27 @@ GPU. Source of each kernel: see the `*_triton` modules.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton import knobs
 
-from ffvt.kernels import (
-    gather_tokens_triton,
-    maws_attention_backward_triton,
-    maws_attention_triton,
-    maws_select_triton,
-)
+from ffvt.kernels.gather_tokens_triton import gather_tokens_backward, gather_tokens_forward
+from ffvt.kernels.maws_attention_backward_triton import maws_attention_backward
+from ffvt.kernels.maws_attention_triton import maws_attention_forward
+from ffvt.kernels.maws_select_triton import maws_select_forward
 from ffvt.kernels.tiles_triton import MAX_EXTENT, MAX_HEAD_DIM, extent
 from ffvt.kernels.tuning import MAX_TOKENS
 
+__all__ = [
+    "gather_tokens_backward",
+    "gather_tokens_forward",
+    "maws_attention_backward",
+    "maws_attention_forward",
+    "maws_select_forward",
+    "missing",
+    "unsupported",
+]
 MIN_CAPABILITY = (8, 0)
-
-
-def _on_its_device(function: Callable) -> Callable:
-    """`function` with the GPU of its first tensor as the current one, which is where Triton launches."""
-
-    @functools.wraps(function)
-    def call(first: Tensor, *others: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *others)
-
-    return call
-
-
-maws_attention_forward = _on_its_device(maws_attention_triton.maws_attention_forward)
-maws_attention_backward = _on_its_device(maws_attention_backward_triton.maws_attention_backward)
-maws_select_forward = _on_its_device(maws_select_triton.maws_select_forward)
-gather_tokens_forward = _on_its_device(gather_tokens_triton.gather_tokens_forward)
-gather_tokens_backward = _on_its_device(gather_tokens_triton.gather_tokens_backward)
 
 
 def missing() -> list[str]:

@@ -21,98 +21,75 @@ from ffvt.kernels.reference import check_index_range
 
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
-    batch, num_select = index.shape
-    width = x.shape[2]
+    """The picked tokens (B, K, C) of x (B, N, C)."""
+    B, K = index.shape
+    N, C = x.shape[1:]
     if index.device.type == "cpu":
-        check_index_range(index, x.shape[1])
-    out = torch.empty(batch, num_select, width, dtype=x.dtype, device=x.device)
-    config = tuning.gather()
+        check_index_range(index, N)
+    out = torch.empty(B, K, C, dtype=x.dtype, device=x.device)
+    config = tuning.GATHER
     if out.numel():
-        gather_kernel[(batch * num_select,)](
-            *(x, index, out, *x.stride(), *index.stride(), num_select, x.shape[1], width),
-            **config.constants,
-            **config.options,
-        )
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            gather_kernel[(B * K,)](
+                *((x, x.stride()), (index, index.stride()), out, K, N, C), **config.constants, **config.options
+            )
     return out
 
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum."""
-    batch, num_select, width = grad.shape
-    out = torch.empty(batch, num_tokens, width, dtype=grad.dtype, device=grad.device)
-    config = tuning.scatter()
-    rows, columns = config.constants["ROWS"], config.constants["COLUMNS"]
+    B, K, C = grad.shape
+    out = torch.empty(B, num_tokens, C, dtype=grad.dtype, device=grad.device)
+    config = tuning.SCATTER
     if out.numel():
-        blocks = triton.cdiv(num_tokens, rows) * triton.cdiv(width, columns)
-        scatter_kernel[(batch * blocks,)](
-            *(grad, index, out, *grad.stride(), *index.stride(), num_select, num_tokens, width),
-            **config.constants,
-            **config.options,
-        )
+        tiles = triton.cdiv(num_tokens, config.constants["ROWS"]) * triton.cdiv(C, config.constants["COLUMNS"])
+        with torch.cuda.device_of(grad):
+            scatter_kernel[(B * tiles,)](
+                *((grad, grad.stride()), (index, index.stride()), out, K, num_tokens, C),
+                **config.constants,
+                **config.options,
+            )
     return out
 
 
-@triton.jit(do_not_specialize=["num_select", "tokens"])
-def gather_kernel(
-    x,
-    index,
-    out,
-    x_batch,
-    x_row,
-    x_column,
-    index_batch,
-    index_column,
-    num_select,
-    tokens,
-    width,
-    COLUMNS: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["K", "N"])
+def gather_kernel(x, index, out_ptr, K, N, C, COLUMNS: tl.constexpr):
     """One picked row; NaN where the index lies outside, as a GPU cannot raise."""
+    x_ptr, x_stride = x
+    index_ptr, index_stride = index
     place = tl.program_id(0)
-    image = (place // num_select).to(tl.int64)
-    token = tl.load(index + image * index_batch + place % num_select * index_column)
-    x += image * x_batch + token * x_row
-    exists = (token >= 0) & (token < tokens)
-    out += place.to(tl.int64) * width
-    for start in range(0, width, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = columns < width
-        values = tl.load(x + columns * x_column, mask=inside & exists, other=float("nan"))
-        tl.store(out + columns, values, mask=inside)
+    image = (place // K).to(tl.int64)
+    token = tl.load(index_ptr + image * index_stride[0] + place % K * index_stride[1])
+    x_ptr += image * x_stride[0] + token * x_stride[1]
+    exists = (token >= 0) & (token < N)
+    out_ptr += place.to(tl.int64) * C
+    for start in range(0, C, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        mask = cols < C
+        values = tl.load(x_ptr + cols * x_stride[2], mask=mask & exists, other=float("nan"))
+        tl.store(out_ptr + cols, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_select", "tokens"])
-def scatter_kernel(
-    grad,
-    index,
-    out,
-    grad_batch,
-    grad_row,
-    grad_column,
-    index_batch,
-    index_column,
-    num_select,
-    tokens,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["K", "N"])
+def scatter_kernel(grad, index, out_ptr, K, N, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """ROWS x COLUMNS elements of the gradient of one image."""
-    row_blocks = tl.cdiv(tokens, ROWS)
-    column_blocks = tl.cdiv(width, COLUMNS)
-    block = tl.program_id(0) % (row_blocks * column_blocks)
-    image = (tl.program_id(0) // (row_blocks * column_blocks)).to(tl.int64)
-    first = block // column_blocks * ROWS
-    rows = first + tl.arange(0, ROWS)
-    columns = block % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    grad += image * grad_batch
-    index += image * index_batch
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for place in range(0, num_select):
-        token = tl.load(index + place * index_column)
+    grad_ptr, grad_stride = grad
+    index_ptr, index_stride = index
+    row_tiles, col_tiles = tl.cdiv(N, ROWS), tl.cdiv(C, COLUMNS)
+    tile = tl.program_id(0) % (row_tiles * col_tiles)
+    image = (tl.program_id(0) // (row_tiles * col_tiles)).to(tl.int64)
+    first = tile // col_tiles * ROWS
+    offs = first + tl.arange(0, ROWS)
+    cols = tile % col_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    mask = cols < C
+    grad_ptr += image * grad_stride[0]
+    index_ptr += image * index_stride[0]
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for place in range(0, K):
+        token = tl.load(index_ptr + place * index_stride[1])
         if (token >= first) & (token < first + ROWS):
-            picked = tl.load(grad + place * grad_row + columns * grad_column, mask=inside, other=0.0).to(tl.float32)
-            total += tl.where(rows[:, None] == token, picked[None, :], 0.0)
-    pointers = out + (image * tokens + rows[:, None]) * width + columns[None, :]
-    tl.store(pointers, total.to(out.dtype.element_ty), mask=(rows[:, None] < tokens) & inside[None, :])
+            ptrs = grad_ptr + place * grad_stride[1] + cols * grad_stride[2]
+            picked = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.where(offs[:, None] == token, picked[None, :], 0.0)
+    ptrs = out_ptr + (image * N + offs[:, None]) * C + cols[None, :]
+    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs[:, None] < N) & mask[None, :])

@@ -1,13 +1,17 @@
 """Device functions that the attention kernels share: tiles of rows of one head, and their products.
 
-A head dimension D that is no power of two is kept as two column blocks, LOW + HIGH >= D (80 = 64 + 16, 96 = 64 + 32),
-so that nothing is padded to the next power of two; HIGH = 0 means that one block holds all of D. A tile is the pair
-(low, high); with HIGH = 0 its second half is an alias that nothing reads.
+A tile is one value, the tuple of its column blocks. A head dimension D that is no power of two is kept as two of them
+(80 = 64 + 16, 96 = 64 + 32), so that nothing is padded to the next power of two. One row of a head is a tuple alike.
+
+Names: B batch, N tokens, H heads, D head dimension; bh one head of all B * H; offs the tokens of a tile, mask which of
+them exist; q, k, v, out and their gradients do, dq, dk, dv; m, l, acc maximum, sum and output of the online softmax;
+s logits, p probabilities, ds gradient of the logits; alpha rescales what was added up under an older maximum.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,87 +30,113 @@ def extent(tensor: Tensor) -> int:
     return max(spread, math.prod(tensor.shape[1:]))
 
 
-def head_blocks(head_dim: int) -> tuple[int, int]:
-    """LOW and HIGH for a head dimension up to 128: powers of two from 16 on, with the least sum that holds it."""
-    whole = max(16, triton.next_power_of_2(head_dim))
-    halved = (whole // 2, max(16, triton.next_power_of_2(head_dim - whole // 2)))
-    return halved if whole > 16 and sum(halved) < whole else (whole, 0)
+def strided(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A tensor (B, N, H, D) as kernels take it: its memory and the strides of (batch, token, head)."""
+    return tensor, tensor.stride()[:3]
+
+
+@triton.constexpr_function
+def block_widths(D: int) -> tuple[int, ...]:
+    """Widths of a tile's column blocks: one or two powers of two from 16 on, with the least sum that holds D <= 128."""
+    whole = max(16, triton.next_power_of_2(D))
+    halved = (whole // 2, max(16, triton.next_power_of_2(D - whole // 2)))
+    return halved if whole > 16 and sum(halved) < whole else (whole,)
+
+
+@triton.constexpr_function
+def is_padded(D: int, PART: int) -> bool:
+    """Whether a column block reaches past D."""
+    return sum(block_widths(D)[: PART + 1]) > D
+
+
+class Head(NamedTuple):
+    """One head of a tensor: pointer to its token 0, and the stride from one token to the next."""
+
+    ptr: Any
+    stride: Any
 
 
 @triton.jit
-def head_start(base, head, heads, batch_stride, head_stride):
-    """Pointer to token 0 of head `head` of all B * heads; in int64, as a batch can pass 2^31 elements."""
-    return base + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+def head_of(tensor, bh, H):
+    """Head bh of a strided tensor; its offset is in int64, as a batch can pass 2^31 elements."""
+    ptr, stride = tensor
+    return Head(ptr + (bh // H).to(tl.int64) * stride[0] + (bh % H).to(tl.int64) * stride[2], stride[1])
 
 
 @triton.jit
-def load_columns(
-    base, rows, row_stride, valid, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
-    columns = FROM + tl.arange(0, WIDTH)
-    pointers = base + rows[:, None] * row_stride + columns[None, :]  # (R, WIDTH)
-    if FROM + WIDTH > D:
-        inside = columns[None, :] < D
-        if MASKED:
-            inside = inside & valid[:, None]
-        block = tl.load(pointers, mask=inside, other=0.0)
-    elif MASKED:
-        block = tl.load(pointers, mask=valid[:, None], other=0.0)
+def contiguous_head(ptr, bh, N, H, D: tl.constexpr):
+    """The same of a contiguous tensor (B, N, H, D)."""
+    return head_of((ptr, (N * H * D, H * D, D)), bh, H)
+
+
+@triton.jit
+def columns(D: tl.constexpr, PART: tl.constexpr):
+    """Columns of a column block."""
+    return PART * block_widths(D)[0] + tl.arange(0, block_widths(D)[PART])
+
+
+@triton.jit
+def load_block(head, offs, mask, D: tl.constexpr, PART: tl.constexpr):
+    cols = columns(D, PART)
+    ptrs = head.ptr + offs[:, None] * head.stride + cols[None, :]  # (R, W)
+    if is_padded(D, PART):
+        keep = cols[None, :] < D
+        if mask is not None:
+            keep = keep & mask[:, None]
+        block = tl.load(ptrs, mask=keep, other=0.0)
+    elif mask is not None:
+        block = tl.load(ptrs, mask=mask[:, None], other=0.0)
     else:
-        block = tl.load(pointers)
+        block = tl.load(ptrs)
     return block
 
 
 @triton.jit
-def load_tile(
-    base, rows, row_stride, valid, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MASKED: tl.constexpr
-):
-    """Rows of one head as a tile; with MASKED, rows that are not valid read as zero."""
-    low = load_columns(base, rows, row_stride, valid, D, 0, LOW, MASKED)
-    high = low
-    if HIGH:
-        high = load_columns(base, rows, row_stride, valid, D, LOW, HIGH, MASKED)
-    return low, high
+def load_tile(head, offs, mask, D: tl.constexpr):
+    """The tokens offs of a head, (R, D); those outside the mask read as zero. A mask of None: all exist."""
+    tile = ()
+    for i in tl.static_range(len(block_widths(D))):
+        tile += (load_block(head, offs, mask, D, i),)
+    return tile
 
 
 @triton.jit
-def load_vector(base, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """One row of one head, in fp32: the pair of (LOW,) and (HIGH,)."""
-    columns = tl.arange(0, LOW)
-    low = tl.load(base + columns, mask=columns < D, other=0.0).to(tl.float32)
-    high = low
-    if HIGH:
-        columns = LOW + tl.arange(0, HIGH)
-        high = tl.load(base + columns, mask=columns < D, other=0.0).to(tl.float32)
-    return low, high
+def load_row(head, D: tl.constexpr):
+    """Token 0 of a head, the class token, in fp32: (D,)."""
+    row = ()
+    for i in tl.static_range(len(block_widths(D))):
+        cols = columns(D, i)
+        row += (tl.load(head.ptr + cols, mask=cols < D, other=0.0).to(tl.float32),)
+    return row
 
 
 @triton.jit
-def store_columns(base, rows, row_stride, valid, block, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr):
-    columns = FROM + tl.arange(0, WIDTH)
-    pointers = base + rows[:, None] * row_stride + columns[None, :]
-    inside = valid[:, None]
-    if FROM + WIDTH > D:
-        inside = inside & (columns[None, :] < D)
-    tl.store(pointers, block.to(base.dtype.element_ty), mask=inside)
+def zero_row(D: tl.constexpr):
+    """A row of fp32 zeros, (D,)."""
+    row = ()
+    for i in tl.static_range(len(block_widths(D))):
+        row += (tl.zeros((block_widths(D)[i],), tl.float32),)
+    return row
 
 
 @triton.jit
-def store_tile(base, rows, row_stride, valid, low, high, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The valid rows of a tile, rounded to the dtype of `base`."""
-    store_columns(base, rows, row_stride, valid, low, D, 0, LOW)
-    if HIGH:
-        store_columns(base, rows, row_stride, valid, high, D, LOW, HIGH)
+def store_tile(head, offs, mask, tile, D: tl.constexpr):
+    """The tokens of a tile that exist, rounded to the dtype of the head."""
+    for i in tl.static_range(len(tile)):
+        cols = columns(D, i)
+        keep = mask[:, None]
+        if is_padded(D, i):
+            keep = keep & (cols[None, :] < D)
+        ptrs = head.ptr + offs[:, None] * head.stride + cols[None, :]
+        tl.store(ptrs, tile[i].to(head.ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def store_vector(base, low, high, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """One row of one head, rounded to the dtype of `base`."""
-    columns = tl.arange(0, LOW)
-    tl.store(base + columns, low.to(base.dtype.element_ty), mask=columns < D)
-    if HIGH:
-        columns = LOW + tl.arange(0, HIGH)
-        tl.store(base + columns, high.to(base.dtype.element_ty), mask=columns < D)
+def store_row(head, row, D: tl.constexpr):
+    """Token 0 of a head, rounded to its dtype."""
+    for i in tl.static_range(len(row)):
+        cols = columns(D, i)
+        tl.store(head.ptr + cols, row[i].to(head.ptr.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit
@@ -122,21 +152,21 @@ def row_halves(a):
 
 
 @triton.jit
-def add_block_product(weights, b, product):
-    """product + weights b, (R, S) x (S, W) added to (R, W), in fp32; halves S as `add_transposed` does W."""
-    if b.dtype == tl.float32 and weights.shape[1] > FP32_COLUMNS:
-        weights_left, weights_right = halves(weights)
+def add_block_product(p, b, acc):
+    """acc + p b, (R, S) x (S, W) added to (R, W), in fp32; halves S as `add_block_transposed` does W."""
+    if b.dtype == tl.float32 and p.shape[1] > FP32_COLUMNS:
+        p_left, p_right = halves(p)
         b_upper, b_lower = row_halves(b)
-        product = add_block_product(weights_left, b_upper, product)
-        product = add_block_product(weights_right, b_lower, product)
+        acc = add_block_product(p_left, b_upper, acc)
+        acc = add_block_product(p_right, b_lower, acc)
     else:
-        product = tl.dot(weights.to(b.dtype), b, product, input_precision="ieee")
-    return product
+        acc = tl.dot(p.to(b.dtype), b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
-def add_transposed(a, b, product):
-    """product + a bT, (R, W) x (S, W) added to (R, S), in fp32.
+def add_block_transposed(a, b, acc):
+    """acc + a bT, (R, W) x (S, W) added to (R, S), in fp32.
 
     An fp32 product runs on scalar units, which hold all W columns of their rows in registers; halving W down to
     FP32_COLUMNS keeps that from spilling.
@@ -144,76 +174,71 @@ def add_transposed(a, b, product):
     if a.dtype == tl.float32 and a.shape[1] > FP32_COLUMNS:
         a_left, a_right = halves(a)
         b_left, b_right = halves(b)
-        product = add_transposed(a_left, b_left, product)
-        product = add_transposed(a_right, b_right, product)
+        acc = add_block_transposed(a_left, b_left, acc)
+        acc = add_block_transposed(a_right, b_right, acc)
     else:
-        product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
-    return product
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
-def multiply_transposed(a_low, a_high, b_low, b_high, HIGH: tl.constexpr):
+def dot_transposed(a, b):
     """a bT of two tiles, (R, D) x (S, D) -> (R, S), in fp32; fp32 operands are not rounded to TF32."""
-    product = add_transposed(a_low, b_low, tl.zeros((a_low.shape[0], b_low.shape[0]), tl.float32))
-    if HIGH:
-        product = add_transposed(a_high, b_high, product)
-    return product
+    acc = tl.zeros((a[0].shape[0], b[0].shape[0]), tl.float32)
+    for i in tl.static_range(len(a)):
+        acc = add_block_transposed(a[i], b[i], acc)
+    return acc
 
 
 @triton.jit
-def add_product(weights, b_low, b_high, sum_low, sum_high, HIGH: tl.constexpr):
-    """sum + weights b for a tile b: (R, S) x (S, D) added to (R, D) in fp32; weights are rounded to the dtype of b."""
-    sum_low = add_block_product(weights, b_low, sum_low)
-    if HIGH:
-        sum_high = add_block_product(weights, b_high, sum_high)
-    else:
-        sum_high = sum_low
-    return sum_low, sum_high
+def add_dot(acc, p, b):
+    """acc + p b for tiles acc and b, (R, S) x (S, D) added to (R, D), in fp32; p is rounded to the dtype of b."""
+    total = ()
+    for i in tl.static_range(len(b)):
+        total += (add_block_product(p, b[i], acc[i]),)
+    return total
 
 
 @triton.jit
-def multiply_vector(a_low, a_high, b_low, b_high, HIGH: tl.constexpr):
-    """a b of a tile and a vector, (R, D) x (D,) -> (R,), in fp32."""
-    product = tl.sum(a_low.to(tl.float32) * b_low[None, :], 1)
-    if HIGH:
-        product += tl.sum(a_high.to(tl.float32) * b_high[None, :], 1)
-    return product
+def dot_row(a, b):
+    """a b of a tile and a row, (R, D) x (D,) -> (R,), in fp32."""
+    acc = tl.sum(a[0].to(tl.float32) * b[0][None, :], 1)
+    for i in tl.static_range(1, len(a)):
+        acc += tl.sum(a[i].to(tl.float32) * b[i][None, :], 1)
+    return acc
 
 
 @triton.jit
-def multiply_rows(a_low, a_high, b_low, b_high, HIGH: tl.constexpr):
-    """Row by row product of two tiles, (R, D) x (R, D) -> (R,), in fp32."""
-    product = tl.sum(a_low.to(tl.float32) * b_low.to(tl.float32), 1)
-    if HIGH:
-        product += tl.sum(a_high.to(tl.float32) * b_high.to(tl.float32), 1)
-    return product
+def dot_rows(a, b):
+    """Row by row product of two tiles, (R, D) x (R, D) -> (R,), or of two rows, in fp32."""
+    acc = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), len(a[0].shape) - 1)
+    for i in tl.static_range(1, len(a)):
+        acc += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), len(a[0].shape) - 1)
+    return acc
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """A tile of fp32 zeros."""
-    low = tl.zeros((ROWS, LOW), tl.float32)
-    high = low
-    if HIGH:
-        high = tl.zeros((ROWS, HIGH), tl.float32)
-    return low, high
+def outer(p, row):
+    """p times a row, (R,) x (D,) -> the tile (R, D), in fp32."""
+    return [p[:, None] * block[None, :] for block in row]
 
 
 @triton.jit
-def weighted_rows(weights, b_low, b_high, HIGH: tl.constexpr):
-    """weights b of a vector and a tile, (S,) x (S, D) -> (D,), in fp32."""
-    low = tl.sum(weights[:, None] * b_low.to(tl.float32), 0)
-    high = low
-    if HIGH:
-        high = tl.sum(weights[:, None] * b_high.to(tl.float32), 0)
-    return low, high
+def weighted_rows(p, b):
+    """p b of weights and a tile, (S,) x (S, D) -> the row (D,), in fp32."""
+    return [tl.sum(p[:, None] * block.to(tl.float32), 0) for block in b]
 
 
 @triton.jit
-def outer(weights, b_low, b_high, HIGH: tl.constexpr):
-    """Outer product (R,) x (D,) -> the tile (R, D), in fp32."""
-    low = weights[:, None] * b_low[None, :]
-    high = low
-    if HIGH:
-        high = weights[:, None] * b_high[None, :]
-    return low, high
+def add(a, b):
+    """Sum of two rows or tiles."""
+    total = ()
+    for i in tl.static_range(len(a)):
+        total += (a[i] + b[i],)
+    return total
+
+
+@triton.jit
+def scaled(tile, factor):
+    """A tile or row times what broadcasts to each of its blocks."""
+    return [block * factor for block in tile]

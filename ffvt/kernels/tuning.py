@@ -16,36 +16,48 @@ from typing import NamedTuple
 import torch
 import triton
 
-TAIL = {
-    2: 32,
-    4: 16,
-}  # rows of the masked steps that end a walk after the whole blocks, by element size; fp32 spills at 32
-ANY = ()
+# Rows of the masked steps that end a walk after the whole blocks, by element size; fp32 spills at 32.
+TAIL = {2: 32, 4: 16}
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is compiled and launched: constexprs, warps and stages, tokens per program, the class split."""
+    """How one kernel is compiled and launched.
 
-    constants: dict[str, int | bool]
+    Attributes:
+        constants: The kernel's constexpr arguments that the table decides.
+        options: Warps and stages.
+        tile: Patch tokens per program; 0 for a kernel whose grid does not go by tiles of patches.
+    """
+
+    constants: dict[str, int]
     options: dict[str, int]
-    tile: int
+    tile: int = 0
 
-    def grid(self, tokens: int, heads: int) -> tuple[int]:
-        """Programs for `heads` = B * H heads: the tiles of each, and one for a class token that is split off."""
-        split = self.constants.get("CLASS_SPLIT", False)
-        return ((triton.cdiv(tokens - split, self.tile) + split) * heads,)
+    def grid(self, num_tokens: int, num_heads: int) -> tuple[int]:
+        """Programs for that many heads of all images: the tiles of patches of each, and one for its class token."""
+        return ((triton.cdiv(num_tokens - 1, self.tile) + 1) * num_heads,)
 
 
-class Row(NamedTuple):
-    """Architectures (ANY: all), bytes per element, largest head dimension that it serves; the choice; its reason."""
+class Tiling(NamedTuple):
+    """One row of a table: for which GPUs and inputs it holds, the choice, and its reason.
 
-    architectures: tuple[str, ...]
+    Attributes:
+        architectures: The GPUs that it holds for, separated by blanks; ANY for all.
+        element_size: Bytes per element.
+        head_dim: The largest head dimension that it holds for.
+        block_m: Queries of a tile.
+        block_n: Keys of a tile.
+        warps: Warps per program.
+        stages: Loads in flight.
+        reason: What chose the row.
+    """
+
+    architectures: str
     element_size: int
     head_dim: int
-    class_split: bool
-    block_q: int
-    block_k: int
+    block_m: int
+    block_n: int
     warps: int
     stages: int
     reason: str
@@ -58,49 +70,55 @@ FITS = "largest tile of those tried (16x64 to 128x64) without a spill, two progr
 SCALAR = "fp32 runs on scalar units: larger tiles spill"
 TILES = "the interpreter's time goes by the number of tiles"
 
-FORWARD = (
-    Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
-    Row(("sm_90", "sm_100"), 2, 64, True, 128, 64, 8, 3, L2),
-    Row(("sm_90", "sm_100"), 2, 96, True, 64, 64, 4, 2, FITS),
-    Row(("sm_90", "sm_100"), 2, 128, True, 128, 64, 8, 2, L2),
-    Row(("gfx942",), 2, 128, True, 64, 64, 4, 2, FITS),
-    Row(ANY, 2, 64, True, 64, 64, 4, 3, FITS),
-    Row(ANY, 2, 96, True, 64, 64, 4, 2, FITS),
-    Row(("sm_80",), 2, 128, True, 64, 64, 4, 2, FITS),
-    Row(ANY, 2, 128, True, 128, 64, 8, 2, FITS),
-    Row(ANY, 4, 64, True, 32, 32, 8, 1, SCALAR),
-    Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
-    Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
-)
-QUERY_GRADIENT = (
-    Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
-    Row(("sm_90", "sm_100"), 2, 64, True, 128, 64, 8, 2, L2),
-    Row(("sm_90", "sm_100"), 2, 96, True, 64, 64, 4, 2, FITS),
-    Row(("sm_90", "sm_100"), 2, 128, True, 128, 64, 8, 2, L2),
-    Row(ANY, 2, 64, True, 64, 64, 4, 2, FITS),
-    Row(ANY, 2, 96, True, 64, 32, 4, 2, FITS),
-    Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
-    Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
-    Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
-    Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
-    Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
-)
-KEY_GRADIENT = (
-    Row(("interpreter",), 4, 128, True, 64, 64, 4, 1, TILES),
-    Row(ANY, 2, 64, True, 64, 64, 4, 2, FITS),
-    Row(("sm_80",), 2, 96, True, 32, 64, 8, 2, FITS),
-    Row(("sm_86", "sm_89"), 2, 80, True, 32, 64, 8, 2, FITS),
-    Row(("sm_86", "sm_89"), 2, 96, True, 16, 64, 8, 2, FITS),
-    Row(ANY, 2, 96, True, 32, 64, 4, 2, FITS),
-    Row(("gfx942",), 2, 128, True, 64, 64, 4, 1, FITS),
-    Row(ANY, 2, 128, True, 64, 64, 8, 2, FITS),
-    Row(("sm_80", "sm_86", "sm_89"), 4, 32, True, 32, 32, 8, 1, SCALAR),
-    Row(("sm_80", "sm_86", "sm_89"), 4, 64, True, 32, 16, 4, 1, SCALAR),
-    Row(ANY, 4, 64, True, 32, 32, 4, 1, SCALAR),
-    Row(("gfx942",), 4, 128, True, 32, 32, 4, 1, SCALAR),
-    Row(ANY, 4, 128, True, 32, 32, 8, 1, SCALAR),
-)
-TABLES = {"forward": FORWARD, "query_gradient": QUERY_GRADIENT, "key_gradient": KEY_GRADIENT}
+ANY = "any"
+
+# fmt: off
+TABLES = {
+    "forward": (
+        #      architectures     bytes    D  BLOCK_M  BLOCK_N  warps  stages  reason
+        Tiling("interpreter",       4, 128,      64,      64,     4,      1, TILES),
+        Tiling("sm_90 sm_100",      2,  64,     128,      64,     8,      3, L2),
+        Tiling("sm_90 sm_100",      2,  96,      64,      64,     4,      2, FITS),
+        Tiling("sm_90 sm_100",      2, 128,     128,      64,     8,      2, L2),
+        Tiling("gfx942",            2, 128,      64,      64,     4,      2, FITS),
+        Tiling(ANY,                 2,  64,      64,      64,     4,      3, FITS),
+        Tiling(ANY,                 2,  96,      64,      64,     4,      2, FITS),
+        Tiling("sm_80",             2, 128,      64,      64,     4,      2, FITS),
+        Tiling(ANY,                 2, 128,     128,      64,     8,      2, FITS),
+        Tiling(ANY,                 4,  64,      32,      32,     8,      1, SCALAR),
+        Tiling("gfx942",            4, 128,      32,      32,     4,      1, SCALAR),
+        Tiling(ANY,                 4, 128,      32,      32,     8,      1, SCALAR),
+    ),
+    "query_gradient": (
+        Tiling("interpreter",       4, 128,      64,      64,     4,      1, TILES),
+        Tiling("sm_90 sm_100",      2,  64,     128,      64,     8,      2, L2),
+        Tiling("sm_90 sm_100",      2,  96,      64,      64,     4,      2, FITS),
+        Tiling("sm_90 sm_100",      2, 128,     128,      64,     8,      2, L2),
+        Tiling(ANY,                 2,  64,      64,      64,     4,      2, FITS),
+        Tiling(ANY,                 2,  96,      64,      32,     4,      2, FITS),
+        Tiling("gfx942",            2, 128,      64,      64,     4,      1, FITS),
+        Tiling(ANY,                 2, 128,      64,      64,     8,      2, FITS),
+        Tiling(ANY,                 4,  64,      32,      32,     4,      1, SCALAR),
+        Tiling("gfx942",            4, 128,      32,      32,     4,      1, SCALAR),
+        Tiling(ANY,                 4, 128,      32,      32,     8,      1, SCALAR),
+    ),
+    "key_gradient": (
+        Tiling("interpreter",       4, 128,      64,      64,     4,      1, TILES),
+        Tiling(ANY,                 2,  64,      64,      64,     4,      2, FITS),
+        Tiling("sm_80",             2,  96,      32,      64,     8,      2, FITS),
+        Tiling("sm_86 sm_89",       2,  80,      32,      64,     8,      2, FITS),
+        Tiling("sm_86 sm_89",       2,  96,      16,      64,     8,      2, FITS),
+        Tiling(ANY,                 2,  96,      32,      64,     4,      2, FITS),
+        Tiling("gfx942",            2, 128,      64,      64,     4,      1, FITS),
+        Tiling(ANY,                 2, 128,      64,      64,     8,      2, FITS),
+        Tiling("sm_80 sm_86 sm_89", 4,  32,      32,      32,     8,      1, SCALAR),
+        Tiling("sm_80 sm_86 sm_89", 4,  64,      32,      16,     4,      1, SCALAR),
+        Tiling(ANY,                 4,  64,      32,      32,     4,      1, SCALAR),
+        Tiling("gfx942",            4, 128,      32,      32,     4,      1, SCALAR),
+        Tiling(ANY,                 4, 128,      32,      32,     8,      1, SCALAR),
+    ),
+}
+# fmt: on
 
 
 def architecture(device: torch.device) -> str:
@@ -118,71 +136,55 @@ def _architecture(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def attention(kernel: str, arch: str, element_size: int, head_dim: int) -> Config:
+def attention_config(kernel: str, arch: str, element_size: int, head_dim: int) -> Config:
     """The configuration of "forward", "query_gradient" or "key_gradient" for elements of that many bytes."""
-    return configure(kernel, find(kernel, arch, element_size, head_dim))
+    return tiling_config(kernel, find_tiling(kernel, arch, element_size, head_dim))
 
 
 @contextmanager
-def override(kernel: str, row: Row) -> Iterator[None]:
-    """Inside, `row` alone is the table of the kernel: for tests and for measuring one row against another."""
+def override(kernel: str, tiling: Tiling) -> Iterator[None]:
+    """Inside, `tiling` alone is the table of the kernel: for tests and for measuring one row against another."""
     saved = TABLES[kernel]
-    TABLES[kernel] = (row,)
+    TABLES[kernel] = (tiling,)
     try:
         yield
     finally:
         TABLES[kernel] = saved
 
 
-def find(kernel: str, arch: str, element_size: int, head_dim: int) -> Row:
+def find_tiling(kernel: str, arch: str, element_size: int, head_dim: int) -> Tiling:
     """The first row of the kernel's table that holds."""
-    for row in TABLES[kernel]:
-        if arch in (row.architectures or (arch,)) and row.element_size == element_size and head_dim <= row.head_dim:
-            return row
+    for tiling in TABLES[kernel]:
+        served = tiling.architectures == ANY or arch in tiling.architectures.split()
+        if served and tiling.element_size == element_size and head_dim <= tiling.head_dim:
+            return tiling
     raise AssertionError(f"tuning: no row for {kernel}, {arch}, {element_size} bytes, D={head_dim}")
 
 
 @cache
-def configure(kernel: str, row: Row) -> Config:
-    """The configuration of a row."""
-    blocks = {
-        "CLASS_SPLIT": row.class_split,
-        "BLOCK_Q": row.block_q,
-        "BLOCK_K": row.block_k,
-        "TAIL": TAIL[row.element_size],
-    }
-    options = {"num_warps": row.warps, "num_stages": row.stages}
-    return Config(blocks, options, row.block_k if kernel == "key_gradient" else row.block_q)
+def tiling_config(kernel: str, tiling: Tiling) -> Config:
+    """The configuration of a row of a kernel's table."""
+    constants = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL": TAIL[tiling.element_size]}
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    return Config(constants, options, tiling.block_n if kernel == "key_gradient" else tiling.block_m)
 
 
-def class_logits() -> Config:
-    return Config({"BLOCK": 64}, {"num_warps": 4}, 64)
-
-
-SELECT = {  # block of tokens: heads at a time, warps
-    512: (2, 4),
-    1024: (2, 8),
-    2048: (1, 8),
-    4096: (1, 16),
-    8192: (1, 32),
-}
+# Padded number of tokens: heads at a time, warps.
+SELECT = {512: (2, 4), 1024: (2, 8), 2048: (1, 8), 4096: (1, 16), 8192: (1, 32)}
 MAX_TOKENS = max(SELECT)
 
 
 @cache
-def select(arch: str, tokens: int, num_select: int) -> Config:
+def select_config(arch: str, num_tokens: int, num_select: int) -> Config:
     """One program per image holds all its scores and as many heads' logits as registers allow."""
-    block = max(16, triton.next_power_of_2(tokens))
+    block = max(16, triton.next_power_of_2(num_tokens))
     heads, warps = SELECT[max(512, block)]
     if arch.startswith("gfx"):
         warps = min(warps, 16)  # of 64 threads
     top = min(block, max(2, triton.next_power_of_2(num_select)))
-    return Config({"HEADS": heads, "BLOCK": block, "TOP": top}, {"num_warps": warps}, 1)
+    return Config({"HEADS": heads, "BLOCK": block, "TOP": top}, {"num_warps": warps})
 
 
-def gather() -> Config:
-    return Config({"COLUMNS": 1024}, {"num_warps": 4}, 1)
-
-
-def scatter() -> Config:
-    return Config({"ROWS": 8, "COLUMNS": 256}, {"num_warps": 4}, 8)
+CLASS_LOGITS = Config({"BLOCK": 64}, {"num_warps": 4})
+GATHER = Config({"COLUMNS": 1024}, {"num_warps": 4})
+SCATTER = Config({"ROWS": 8, "COLUMNS": 256}, {"num_warps": 4})
