@@ -15,6 +15,7 @@ from torch import Tensor
 from triton import knobs
 
 from ffvt.kernels import (
+    backend_torch,
     gather_tokens_triton,
     maws_attention_backward_triton,
     maws_attention_triton,
@@ -37,11 +38,23 @@ def _on_its_device(function: Callable) -> Callable:
     return call
 
 
-maws_attention_forward = _on_its_device(maws_attention_triton.maws_attention_forward)
-maws_attention_backward = _on_its_device(maws_attention_backward_triton.maws_attention_backward)
+@_on_its_device
+def maws_attention_forward(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel's out, index, score, lse, and a row_max of zeros: its lse is that of the logits themselves."""
+    out, index, score, lse = maws_attention_triton.maws_attention_forward(q, *others)
+    return out, index, score, lse, torch.zeros_like(lse)
+
+
+@_on_its_device
+def maws_attention_backward(grad_out: Tensor, *others: Any) -> None:
+    *saved, _row_max, scale, grads = others
+    maws_attention_backward_triton.maws_attention_backward(grad_out, *saved, scale, grads)
+
+
 maws_select_forward = _on_its_device(maws_select_triton.maws_select_forward)
 gather_tokens_forward = _on_its_device(gather_tokens_triton.gather_tokens_forward)
 gather_tokens_backward = _on_its_device(gather_tokens_triton.gather_tokens_backward)
+augment = backend_torch.augment  # element by element: PyTorch's own kernels do it
 
 
 def missing() -> list[str]:
@@ -55,6 +68,8 @@ def unsupported(operator: str, *tensors: Tensor) -> list[str]:
     """Reasons why this backend cannot serve a call."""
     first = tensors[0]
     reasons = _device_reasons(first)
+    if operator == "augment":
+        return reasons
     if first.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype must be fp16, bf16 or fp32; got {first.dtype}")
     if operator != "gather_tokens":
