@@ -63,8 +63,9 @@ def _maws_attention(
 ) -> _Attended:
     refuse_tangents("maws_attention", q=q, k=k, v=v)
     _check_selecting("maws_attention", SEPARATE, num_select, scale, first_candidate, q=q, k=k, v=v)
-    module, scale = resolve("maws_attention", backend, q, k, v), _scale(scale, q.shape[-1])
-    return module.maws_attention_forward(_unit(q), _unit(k), _unit(v), num_select, scale, first_candidate)
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    module = resolve("maws_attention", backend, q, k, v)
+    return module.maws_attention_forward(q, k, v, num_select, _scale(scale, q.shape[-1]), first_candidate)
 
 
 def _maws_attention_fake(
@@ -103,9 +104,10 @@ def _maws_attention_backward(
     check_statistics(name, q, lse=lse, row_max=row_max)
     check_scale(name, scale)
     grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    heads = (_unit(t) for t in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (_unit(t) for t in (grad_out, q, k, v, out))
+    lse, row_max = lse.contiguous(), row_max.contiguous()
     module = resolve("maws_attention", backend, q, k, v)
-    module.maws_attention_backward(*heads, lse.contiguous(), row_max.contiguous(), _scale(scale, q.shape[-1]), grads)
+    module.maws_attention_backward(grad_out, q, k, v, out, lse, row_max, _scale(scale, q.shape[-1]), grads)
     return grads
 
 
@@ -149,10 +151,8 @@ def _maws_attention_qkvpacked_backward(
     check_scale(name, scale)
     grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     module = resolve("maws_attention_qkvpacked", backend, q, k, v)
-    statistics = (lse.contiguous(), row_max.contiguous())
-    module.maws_attention_backward(
-        _unit(grad_out), q, k, v, _unit(out), *statistics, _scale(scale, q.shape[-1]), grad.unbind(2)
-    )
+    saved = (_unit(out), lse.contiguous(), row_max.contiguous())
+    module.maws_attention_backward(_unit(grad_out), q, k, v, *saved, _scale(scale, q.shape[-1]), grad.unbind(2))
     return grad
 
 
@@ -168,8 +168,9 @@ def _maws_select(
 ) -> tuple[Tensor, Tensor]:
     refuse_tangents("maws_select", q=q, k=k)
     _check_selecting("maws_select", SEPARATE, num_select, scale, first_candidate, q=q, k=k)
-    module, scale = resolve("maws_select", backend, q, k), _scale(scale, q.shape[-1])
-    return module.maws_select_forward(_unit(q), _unit(k), num_select, scale, first_candidate)
+    q, k = _unit(q), _unit(k)
+    module = resolve("maws_select", backend, q, k)
+    return module.maws_select_forward(q, k, num_select, _scale(scale, q.shape[-1]), first_candidate)
 
 
 def _maws_select_fake(

@@ -46,6 +46,14 @@ def test_the_best_capability_of_this_cpu_is_loaded():
     assert backend_cpp.facts()["multiplies_bf16"] == ffvt.info()["extension"]["avx512_bf16"]
 
 
+def test_the_backend_s_functions_are_the_extension_s_own():
+    from ffvt.kernels import backend_cpp
+
+    for operator in ("maws_attention", "maws_select", "gather_tokens"):
+        function = f"{operator}_forward"
+        assert getattr(backend_cpp, function) is getattr(backend_cpp.KERNELS, function)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", FORCED)
 def test_the_operators_tests_pass_with_each_capability_forced(capability):
