@@ -1,9 +1,10 @@
 """Builds the extensions from csrc/. Everything else about the package is in pyproject.toml.
 
-`ffvt._C` tells what this build is and what the CPU can do. `ffvt._cpu_<capability>` are the kernels, compiled once for
-every set of instructions; the best one that a CPU has is loaded at run time, so a build runs on any CPU of its kind.
+`ffvt._C` says what this build is and what the CPU can do. `ffvt._cpu_<capability>` are the kernels, compiled once for
+every set of instructions of x86; the best one that a CPU has is loaded at run time, so a build runs on any x86 CPU.
+Elsewhere, and on x86 without AVX2, PyTorch's own operators take their place.
 
-FFVT_NO_EXT=1 skips them all. Without a working compiler the package installs without them, which `ffvt.info()` tells.
+FFVT_NO_EXT=1 skips them all. Without a working compiler the package installs without them, which `ffvt.info()` says.
 FFVT_SANITIZE=1 builds for `make test-asan`: AddressSanitizer, UndefinedBehaviorSanitizer, scratch filled with NaN.
 """
 
@@ -20,7 +21,6 @@ CAPABILITIES = {  # name: (what at::vec calls it, the compiler's flags)
     "avx512_bf16": ("AVX512", [*AVX512, "-mavx512bf16"]),
     "avx512": ("AVX512", AVX512),
     "avx2": ("AVX2", ["-mavx2", "-mfma", "-mf16c"]),
-    "default": ("DEFAULT", []),
 }
 SANITIZE = [
     "-O1",
@@ -74,11 +74,10 @@ def extension_arguments() -> dict:
     kernels = [f"csrc/{kernel}.cpp" for kernel in KERNELS]
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     extensions = [extension("_C", ["csrc/info.cpp"], [])]
-    for name, (vec, flags) in CAPABILITIES.items():
-        if on_x86 or not flags:
-            extensions.append(
-                extension(f"_cpu_{name}", kernels, [f"-DCPU_CAPABILITY={vec}", f"-DCPU_CAPABILITY_{vec}", *flags])
-            )
+    for name, (vec, flags) in CAPABILITIES.items() if on_x86 else ():
+        extensions.append(
+            extension(f"_cpu_{name}", kernels, [f"-DCPU_CAPABILITY={vec}", f"-DCPU_CAPABILITY_{vec}", *flags])
+        )
     return {"ext_modules": extensions, "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=True)}}
 
 

@@ -3,7 +3,7 @@
 // What: row index[b, i] of image b; backward, (B, N, C) with the gradients at the picked rows and zero elsewhere.
 // How: copies of rows. The backward writes every row once, the sums of repeated picks too, in the order of the picks.
 // Memory: backward, a list of the picks of every token of the images at work, per thread.
-// Limits: fp16, bf16, fp32; the indices are in range (checked by the caller).
+// Limits: fp16, bf16, fp32.
 // Source: FFVT section 3.2.
 
 #include <ATen/Parallel.h>
@@ -35,9 +35,26 @@ struct Picks {
   }
 };
 
+void check_gather(const char* name, const at::Tensor& x, const at::Tensor& index, int64_t tokens) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && index.dim() == 2 && x.size(0) == index.size(0), name,
+                    " must be (B, ., C) and index (B, K); got ", x.sizes(), " and ", index.sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64; got ", index.scalar_type());
+  TORCH_CHECK_VALUE(x.device().is_cpu() && index.device().is_cpu(), name, " and index must be on the CPU; got ",
+                    x.device(), " and ", index.device());
+  const auto* places = index.const_data_ptr<int64_t>();
+  for (int64_t image = 0; image < index.size(0); ++image) {
+    for (int64_t pick = 0; pick < index.size(1); ++pick) {
+      const int64_t token = places[image * index.stride(0) + pick * index.stride(1)];
+      TORCH_CHECK_INDEX(token >= 0 && token < tokens, "gather_tokens: index must be in [0, N=", tokens,
+                        "); got index=", token);
+    }
+  }
+}
+
 }  // namespace
 
 at::Tensor gather_tokens_forward(const at::Tensor& x, const at::Tensor& index) {
+  check_gather("x", x, index, x.dim() == 3 ? x.size(1) : 0);
   const int64_t batch = x.size(0), channels = x.size(2), picks = index.size(1);
   at::Tensor tokens = at::empty({batch, picks, channels}, x.options());
   with_types(x.scalar_type(), [&]<typename scalar_t, typename>() {
@@ -63,6 +80,9 @@ at::Tensor gather_tokens_forward(const at::Tensor& x, const at::Tensor& index) {
 }
 
 at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& index, int64_t num_tokens) {
+  check_gather("grad", grad, index, num_tokens);
+  TORCH_CHECK_VALUE(grad.size(1) == index.size(1), "grad must have a row for each pick; got ", grad.sizes(),
+                    " for index ", index.sizes());
   const at::Tensor rows = grad.contiguous();
   const int64_t batch = rows.size(0), count = rows.size(1), channels = rows.size(2);
   at::Tensor result = at::empty({batch, num_tokens, channels}, rows.options());

@@ -1,12 +1,54 @@
-// Tensors (B, N, H, D) as the kernels see them, and the choice of the types they compute in.
+// Tensors (B, N, H, D) as the kernels see them, what they must hold, and the choice of the types they compute in.
 
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <cmath>
+
 #include "pack.h"
 
 namespace ffvt {
+
+constexpr int64_t kTile = kPanel;  // queries of a tile
+constexpr int64_t kBlock = 256;    // keys of a block
+
+// Degree of the polynomial of 2^r, for results of this dtype.
+template <typename scalar_t>
+constexpr int kExpDegree = sizeof(scalar_t) == 4 ? 6 : 4;
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Refuses what the kernels would misread. The messages users see first are those of ffvt/kernels/checks.py.
+inline void check_heads(const char* name, const at::Tensor& t, const at::Tensor& q) {
+  TORCH_CHECK_VALUE(t.dim() == 4 && t.sizes() == q.sizes(), name, " must be (B, N, H, D) with the shape of q; got ",
+                    t.sizes(), ", q is ", q.sizes());
+  TORCH_CHECK_VALUE(t.size(1) > 0 && t.size(2) > 0 && t.size(3) > 0, name,
+                    " must have no dimension of zero but B; got ", t.sizes());
+  TORCH_CHECK_VALUE(t.numel() == 0 || t.size(3) == 1 || t.stride(3) == 1, name, " must have unit last stride; got ", t.strides());
+  TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, " must have the dtype of q; got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU; got ", t.device());
+}
+
+// A statistic of every query, (B, H, N).
+inline void check_statistic(const char* name, const at::Tensor& t, const at::Tensor& q) {
+  const auto shape = std::array{q.size(0), q.size(2), q.size(1)};
+  TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(shape) && t.is_contiguous(), name,
+                    " must be (B, H, N), contiguous; got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, name, " must be fp32; got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU; got ", t.device());
+}
+
+inline void check_selection(const at::Tensor& q, int64_t num_select, double scale, int64_t first_candidate) {
+  TORCH_CHECK_VALUE(first_candidate >= 0 && first_candidate < q.size(1), "first_candidate must be in [0, N=", q.size(1),
+                    "); got first_candidate=", first_candidate);
+  TORCH_CHECK_VALUE(num_select >= 1 && num_select <= q.size(1) - first_candidate,
+                    "num_select must be in [1, N - first_candidate = ", q.size(1) - first_candidate,
+                    "]; got num_select=", num_select);
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(static_cast<float>(scale) * kLog2E),
+                    "scale must be finite and positive in fp32; got scale=", scale);
+}
 
 template <typename scalar_t>
 inline Heads<scalar_t> heads_of(const at::Tensor& t) {
@@ -19,8 +61,8 @@ inline Heads<scalar_t> heads_of(const at::Tensor& t) {
   return {data, t.stride(0), t.stride(1), t.stride(2), t.size(2)};
 }
 
-// Calls kernel.template operator()<scalar_t, T>(): the dtype of the tensors, and that of the products' operands, which
-// is fp32 wherever there are no instructions for the other.
+// Calls kernel.template operator()<scalar_t, operand_t>(): the dtype of the tensors, and that of the products'
+// operands, which is fp32 wherever there are no instructions for the other.
 template <typename Kernel>
 inline void with_types(at::ScalarType dtype, const Kernel& kernel) {
   switch (dtype) {
@@ -39,14 +81,5 @@ inline void with_types(at::ScalarType dtype, const Kernel& kernel) {
       TORCH_CHECK_NOT_IMPLEMENTED(false, "ffvt: dtype must be fp16, bf16 or fp32; got ", dtype);
   }
 }
-
-constexpr int64_t kTile = kPanel;  // queries of a tile
-constexpr int64_t kBlock = 256;    // keys of a block
-
-// Degree of the polynomial of 2^r, for results of this dtype.
-template <typename scalar_t>
-constexpr int kExpDegree = sizeof(scalar_t) == 4 ? 6 : 4;
-
-constexpr float kLog2E = 1.44269504088896341f;
 
 }  // namespace ffvt

@@ -1,4 +1,5 @@
-// The operators as functions of tensors. What they mean, and what they raise: ffvt/kernels/ops.py.
+// The operators as functions of tensors. What they mean: ffvt/kernels/backends.py. They raise ValueError for a shape, a
+// stride or a value that does not hold, TypeError for a dtype, IndexError for an index, NotImplementedError for fp64.
 
 #pragma once
 
@@ -10,17 +11,17 @@
 namespace ffvt {
 
 // q, k, v (B, N, H, D) of fp16, bf16 or fp32, unit last stride -> out (B, N, H, D), index (B, K) int64, score (B, N)
-// fp32, lse (B, H, N) fp32.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(const at::Tensor& q,
-                                                                                  const at::Tensor& k,
-                                                                                  const at::Tensor& v,
-                                                                                  int64_t num_select, double scale,
-                                                                                  int64_t first_candidate);
+// fp32, lse and row_max (B, H, N) fp32: the largest of a query's products q kT, and the logarithm of the sum of
+// exp(scale * (q kT - row_max)). Together they give every probability to fp32's accuracy, however large the products.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_select, double scale,
+    int64_t first_candidate);
 
-// Writes the gradients dq, dk, dv (B, N, H, D), any strides with unit last stride.
+// Writes the gradients dq, dk, dv (B, N, H, D), any strides with unit last stride. lse and row_max are those of the
+// forward.
 void maws_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, double scale, const at::Tensor& dq,
-                             const at::Tensor& dk, const at::Tensor& dv);
+                             const at::Tensor& out, const at::Tensor& lse, const at::Tensor& row_max, double scale,
+                             const std::tuple<at::Tensor, at::Tensor, at::Tensor>& grads);
 
 std::tuple<at::Tensor, at::Tensor> maws_select_forward(const at::Tensor& q, const at::Tensor& k, int64_t num_select,
                                                        double scale, int64_t first_candidate);

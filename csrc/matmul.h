@@ -20,25 +20,25 @@ namespace ffvt {
 constexpr int64_t kPanel = 64;  // most columns of one B operand
 
 // Rows of B that stand together.
-template <typename T>
-constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+template <typename operand_t>
+constexpr int64_t kPair = sizeof(operand_t) == 2 ? 2 : 1;
 
 // What the number of rows of B is padded to with zeros.
-template <typename T>
-constexpr int64_t kDepthStep = sizeof(T) == 2 ? 32 : 1;
+template <typename operand_t>
+constexpr int64_t kDepthStep = sizeof(operand_t) == 2 ? 32 : 1;
 
-template <typename T>
-inline void matmul(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
-                   int64_t ldc, bool accumulate) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/kPair<T> == 2);
+template <typename operand_t>
+inline void matmul(int64_t m, int64_t n, int64_t k, const operand_t* a, int64_t lda, const operand_t* b, int64_t ldb,
+                   float* c, int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/kPair<operand_t> == 2);
 }
 
-// Gives the matrix unit back at its end (AMX keeps a state per thread): one around a thread's products of T.
-template <typename T>
+// Gives the matrix unit back at its end (AMX keeps a state per thread): one around a thread's products of operand_t.
+template <typename operand_t>
 struct MatmulScope {
   MatmulScope() = default;
   MatmulScope(const MatmulScope&) = delete;
-  ~MatmulScope() { at::native::cpublas::brgemm_release(/*is_vnni=*/kPair<T> == 2); }
+  ~MatmulScope() { at::native::cpublas::brgemm_release(/*is_vnni=*/kPair<operand_t> == 2); }
 };
 
 // Whether small products of bf16 integers come out exact. PyTorch has no stable way to ask, and what oneDNN does for a
@@ -53,7 +53,7 @@ inline bool try_bf16() {
   std::vector<float> c(kMost * ldc);
   const MatmulScope<BFloat16> scope;
   for (const auto [m, n, k, ldb] :
-       {Try{64, 64, 64, 64}, Try{17, 32, 80, 64}, Try{80, 16, 32, 16}, Try{1, 48, 34, 48}}) {
+       {Try{64, 64, 64, 64}, Try{17, 32, 80, 64}, Try{80, 16, 32, 16}, Try{1, 48, 34, 48}, Try{16, 16, 64, 64}}) {
     const int64_t lda = k + 16;
     for (int64_t i = 0; i < m * k; ++i) {
       a[i / k * lda + i % k] = static_cast<float>(i % 7 - 3);

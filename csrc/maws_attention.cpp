@@ -21,8 +21,6 @@
 namespace ffvt {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 struct Sizes {
   int64_t tokens, head_dim;
   float scale;
@@ -32,32 +30,32 @@ struct Sizes {
 template <typename scalar_t>
 struct Results {
   Rows<scalar_t> out;
-  float *lse, *row, *column;
+  float *lse, *row_max, *row, *column;
 };
 
-template <typename scalar_t, typename T>
+template <typename scalar_t, typename operand_t>
 class Forward {
  public:
   explicit Forward(Sizes sizes)
       : n_(sizes.tokens),
         d_(sizes.head_dim),
         scale_(sizes.scale),
-        depth_(depth_of<T>(d_)),
+        depth_(depth_of<operand_t>(d_)),
         ld_values_(stride_of(n_)),
+        value_rows_(n_ * depth_),
         keys_(n_ * depth_),
         values_(depth_ * ld_values_),
         query_rows_(kTile * depth_),
         queries_(kTile * depth_),
+        scratch_(kPair<operand_t> == 2 ? n_ * depth_ / 2 : 0),
         logits_(round_up(std::min(n_, kBlock), 32) * kTile),
         sums_(depth_ * kTile),
-        transposed_(kTile * round_up(depth_, 16)),
-        value_rows_(n_ * depth_),
-        scratch_(kPair<T> == 2 ? n_ * depth_ / 2 : 0) {}
+        transposed_(kTile * round_up(depth_, 16)) {}
 
   void pack_head(Rows<const scalar_t> k, Rows<const scalar_t> v) {
-    copy_rows(k, n_, d_, static_cast<T*>(keys_), depth_, n_);
-    copy_rows(v, n_, d_, static_cast<T*>(value_rows_), depth_, n_);
-    transpose<T>(value_rows_, depth_, n_, depth_, values_, ld_values_, scratch_);
+    copy_rows(k, n_, d_, static_cast<operand_t*>(keys_), depth_, n_);
+    copy_rows(v, n_, d_, static_cast<operand_t*>(value_rows_), depth_, n_);
+    transpose<operand_t>(value_rows_, depth_, n_, depth_, values_, ld_values_, scratch_);
   }
 
   void tile(Rows<const scalar_t> q, int64_t first, const Results<scalar_t>& results) {
@@ -72,14 +70,14 @@ class Forward {
  private:
   template <int64_t lanes>
   void tile_of(Rows<const scalar_t> q, int64_t first, int64_t rows, const Results<scalar_t>& results) {
-    copy_rows(q.from(first), rows, d_, static_cast<T*>(query_rows_), depth_, lanes);
-    pack_transposed<T>(query_rows_, depth_, lanes, depth_, queries_);
-    alignas(64) float extreme[lanes], sum[lanes];
-    std::fill_n(extreme, lanes, scale_ < 0 ? kInfinity : -kInfinity);
+    copy_rows(q.from(first), rows, d_, static_cast<operand_t*>(query_rows_), depth_, lanes);
+    pack_transposed<operand_t>(query_rows_, depth_, lanes, depth_, queries_);
+    alignas(64) float row_max[lanes], sum[lanes];
+    std::fill_n(row_max, lanes, -std::numeric_limits<float>::infinity());
     std::fill_n(sum, lanes, 0.0f);
     for (int64_t key = 0; key < n_; key += kBlock) {
       const int64_t block = std::min(kBlock, n_ - key);
-      matmul<T>(block, lanes, depth_, keys_ + key * depth_, depth_, queries_, kPanel, logits_, kTile, false);
+      matmul<operand_t>(block, lanes, depth_, keys_ + key * depth_, depth_, queries_, kPanel, logits_, kTile, false);
       if (first == 0) {
         for (int64_t i = 0; i < block; ++i) {
           results.row[key + i] = scale_ * logits_[i * kTile];
@@ -90,39 +88,33 @@ class Forward {
           results.column[first + i] = scale_ * logits_[i];
         }
       }
-      softmax<lanes>(block, key > 0, extreme, sum);
-      matmul<T>(d_, lanes, round_up(block, kDepthStep<T>), values_ + key, ld_values_,
-                reinterpret_cast<const T*>(static_cast<float*>(logits_)), kPanel, sums_, kTile, key > 0);
+      softmax<lanes>(block, key > 0, row_max, sum);
+      matmul<operand_t>(d_, lanes, round_up(block, kDepthStep<operand_t>), values_ + key, ld_values_,
+                        reinterpret_cast<const operand_t*>(static_cast<float*>(logits_)), kPanel, sums_, kTile,
+                        key > 0);
     }
-    write<lanes>(first, rows, extreme, sum, results);
+    write<lanes>(first, rows, row_max, sum, results);
   }
 
-  // Products q k of one block -> softmax's powers, in place, as a B operand of T. Of the products so far: their extreme
-  // (the largest; the smallest for a negative scale), the sum of the powers, and sums_, which are rescaled.
+  // Products q k of one block -> softmax's powers, in place, as a B operand of operand_t. Of the products so far: their
+  // maximum, the sum of the powers, and sums_, which are rescaled.
   template <int64_t lanes>
-  void softmax(int64_t block, bool rescale, float* extreme, float* sum) {
+  void softmax(int64_t block, bool rescale, float* row_max, float* sum) {
     constexpr int kVectors = lanes / kWidth, kDegree = kExpDegree<scalar_t>;
     constexpr float kLargest = std::numeric_limits<float>::max();
     const Vec factor(scale_ * kLog2E);
     Vec top[kVectors], total[kVectors];
-    const auto scan = [&](auto better) {
-      for (int64_t i = 0; i < block; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          top[v] = better(Vec::loadu(logits_ + i * kTile + v * kWidth), top[v]);
-        }
+    for (int v = 0; v < kVectors; ++v) {
+      top[v] = Vec::loadu(row_max + v * kWidth);
+    }
+    for (int64_t i = 0; i < block; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        top[v] = at::vec::clamp_min(Vec::loadu(logits_ + i * kTile + v * kWidth), top[v]);
       }
-    };
-    for (int v = 0; v < kVectors; ++v) {
-      top[v] = Vec::loadu(extreme + v * kWidth);
-    }
-    if (scale_ < 0) {
-      scan([](Vec a, Vec b) { return at::vec::clamp_max(a, b); });
-    } else {
-      scan([](Vec a, Vec b) { return at::vec::clamp_min(a, b); });
     }
     for (int v = 0; v < kVectors; ++v) {
-      const Vec before = Vec::loadu(extreme + v * kWidth);
-      top[v].store(extreme + v * kWidth);
+      const Vec before = Vec::loadu(row_max + v * kWidth);
+      top[v].store(row_max + v * kWidth);
       top[v] = at::vec::clamp(top[v], Vec(-kLargest), Vec(kLargest));  // inf minus inf is NaN
       total[v] = Vec::loadu(sum + v * kWidth);
       if (rescale) {
@@ -143,7 +135,7 @@ class Forward {
   template <int64_t lanes>
   void powers(int64_t block, Vec factor, const Vec* top, Vec* total) {
     constexpr int kVectors = lanes / kWidth, kDegree = kExpDegree<scalar_t>;
-    if constexpr (kPair<T> == 1) {
+    if constexpr (kPair<operand_t> == 1) {
       for (int64_t i = 0; i < block; ++i) {
         for (int v = 0; v < kVectors; ++v) {
           float* place = logits_ + i * kTile + v * kWidth;
@@ -154,7 +146,7 @@ class Forward {
       }
     } else {
 #if defined(__AVX512BF16__)
-      T* to = reinterpret_cast<T*>(static_cast<float*>(logits_));
+      operand_t* to = reinterpret_cast<operand_t*>(static_cast<float*>(logits_));
       for (int64_t i = 0; i < block; i += 2) {
         for (int v = 0; v < kVectors; ++v) {
           const float* place = logits_ + i * kTile + v * kWidth;
@@ -169,15 +161,17 @@ class Forward {
       }
       const int64_t filled = round_up(block, 2);
       std::memset(static_cast<void*>(to + filled * kPanel), 0,
-                  (round_up(block, kDepthStep<T>) - filled) * kPanel * sizeof(T));
+                  (round_up(block, kDepthStep<operand_t>) - filled) * kPanel * sizeof(operand_t));
 #endif
     }
   }
 
+  // A row without a finite maximum is NaN: inf less inf is.
   template <int64_t lanes>
-  void write(int64_t first, int64_t rows, const float* extreme, const float* sum, const Results<scalar_t>& results) {
+  void write(int64_t first, int64_t rows, const float* row_max, const float* sum, const Results<scalar_t>& results) {
     for (int v = 0; v < lanes / kWidth; ++v) {
-      const Vec inverse = Vec(1.0f) / Vec::loadu(sum + v * kWidth);
+      const Vec top = Vec::loadu(row_max + v * kWidth);
+      const Vec inverse = Vec(1.0f) / Vec::loadu(sum + v * kWidth) + (top - top);
       for (int64_t j = 0; j < d_; ++j) {
         float* place = sums_ + j * kTile + v * kWidth;
         (Vec::loadu(place) * inverse).store(place);
@@ -187,39 +181,39 @@ class Forward {
     transpose_units(sums_, kTile, transposed_, ld, d_, lanes);
     for (int64_t i = 0; i < rows; ++i) {
       convert_back(transposed_ + i * ld, results.out[first + i], d_);
-      results.lse[first + i] = scale_ * extreme[i] + std::log(sum[i]);
+      results.row_max[first + i] = row_max[i];
+      results.lse[first + i] = std::log(sum[i]) + (row_max[i] - row_max[i]);
     }
   }
 
   const int64_t n_, d_;
   const float scale_;
   const int64_t depth_, ld_values_;
-  Buffer<T> keys_, values_, query_rows_, queries_;
-  Buffer<float> logits_, sums_, transposed_;
-  Buffer<T> value_rows_;
-  Buffer<float> scratch_;
+  Buffer<operand_t> value_rows_, keys_, values_, query_rows_, queries_;
+  Buffer<float> scratch_, logits_, sums_, transposed_;
 };
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(const at::Tensor& q,
-                                                                                  const at::Tensor& k,
-                                                                                  const at::Tensor& v,
-                                                                                  int64_t num_select, double scale,
-                                                                                  int64_t first_candidate) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_select, double scale,
+    int64_t first_candidate) {
+  check_heads("q", q, q);
+  check_heads("k", k, q);
+  check_heads("v", v, q);
+  check_selection(q, num_select, scale, first_candidate);
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const auto fp32 = q.options().dtype(at::kFloat);
+  const auto statistic = [&] { return at::empty({batch, heads, tokens}, q.options().dtype(at::kFloat)); };
   at::Tensor out = at::empty({batch, tokens, heads, head_dim}, q.options());
-  at::Tensor lse = at::empty({batch, heads, tokens}, fp32), row = at::empty({batch, heads, tokens}, fp32),
-             column = at::empty({batch, heads, tokens}, fp32);
-  with_types(q.scalar_type(), [&]<typename scalar_t, typename T>() {
+  at::Tensor lse = statistic(), row_max = statistic(), row = statistic(), column = statistic();
+  with_types(q.scalar_type(), [&]<typename scalar_t, typename operand_t>() {
     const auto queries = heads_of<const scalar_t>(q), keys = heads_of<const scalar_t>(k),
                values = heads_of<const scalar_t>(v);
     const auto outs = heads_of<scalar_t>(out);
     const int64_t tiles = (tokens + kTile - 1) / kTile;
     at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
-      const MatmulScope<T> scope;
-      Forward<scalar_t, T> forward({tokens, head_dim, static_cast<float>(scale)});
+      const MatmulScope<operand_t> scope;
+      Forward<scalar_t, operand_t> forward({tokens, head_dim, static_cast<float>(scale)});
       for (int64_t task = begin, packed = -1; task < end; ++task) {
         const int64_t head = task / tiles;
         if (head != packed) {
@@ -228,13 +222,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forwar
         }
         const int64_t line = head * tokens;
         forward.tile(queries.head(head), task % tiles * kTile,
-                     {outs.head(head), lse.mutable_data_ptr<float>() + line, row.mutable_data_ptr<float>() + line,
-                      column.mutable_data_ptr<float>() + line});
+                     {outs.head(head), lse.mutable_data_ptr<float>() + line, row_max.mutable_data_ptr<float>() + line,
+                      row.mutable_data_ptr<float>() + line, column.mutable_data_ptr<float>() + line});
       }
     });
   });
   auto [index, score] = select_from_lines(row, column, num_select, first_candidate);
-  return {out, index, score, lse};
+  return {out, index, score, lse, row_max};
 }
 
 bool multiplies_bf16() {

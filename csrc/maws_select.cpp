@@ -97,10 +97,13 @@ std::tuple<at::Tensor, at::Tensor> select_from_lines(const at::Tensor& row, cons
 
 std::tuple<at::Tensor, at::Tensor> maws_select_forward(const at::Tensor& q, const at::Tensor& k, int64_t num_select,
                                                        double scale, int64_t first_candidate) {
+  check_heads("q", q, q);
+  check_heads("k", k, q);
+  check_selection(q, num_select, scale, first_candidate);
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const auto fp32 = q.options().dtype(at::kFloat);
   at::Tensor row = at::empty({batch, heads, tokens}, fp32), column = at::empty({batch, heads, tokens}, fp32);
-  with_types(q.scalar_type(), [&]<typename scalar_t, typename T>() {
+  with_types(q.scalar_type(), [&]<typename scalar_t, typename operand_t>() {
     const auto queries = heads_of<const scalar_t>(q), keys = heads_of<const scalar_t>(k);
     float *rows = row.mutable_data_ptr<float>(), *columns = column.mutable_data_ptr<float>();
     at::parallel_for(0, 2 * batch * heads, 1, [&](int64_t begin, int64_t end) {

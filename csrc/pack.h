@@ -53,20 +53,20 @@ struct Heads {
 };
 
 // rows x columns -> padded_rows x ld, row-major.
-template <typename scalar_t, typename T>
-inline void copy_rows(Rows<const scalar_t> from, int64_t rows, int64_t columns, T* to, int64_t ld,
+template <typename scalar_t, typename operand_t>
+inline void copy_rows(Rows<const scalar_t> from, int64_t rows, int64_t columns, operand_t* to, int64_t ld,
                       int64_t padded_rows) {
   for (int64_t i = 0; i < rows; ++i, to += ld) {
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      std::memcpy(to, from[i], columns * sizeof(T));
+    if constexpr (std::is_same_v<scalar_t, operand_t>) {
+      std::memcpy(to, from[i], columns * sizeof(operand_t));
     } else {
       convert(from[i], to, columns);
     }
     if (ld > columns) {
-      std::memset(static_cast<void*>(to + columns), 0, (ld - columns) * sizeof(T));
+      std::memset(static_cast<void*>(to + columns), 0, (ld - columns) * sizeof(operand_t));
     }
   }
-  std::memset(static_cast<void*>(to), 0, (padded_rows - rows) * ld * sizeof(T));
+  std::memset(static_cast<void*>(to), 0, (padded_rows - rows) * ld * sizeof(operand_t));
 }
 
 // rows x columns -> columns x rows, of 32-bit units.
@@ -90,22 +90,22 @@ inline void transpose_units(const float* from, int64_t ld_from, float* to, int64
 }
 
 // rows x columns, row-major with `ld` -> its transpose as a B operand, columns x kPanel.
-template <typename T>
-inline void pack_transposed(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to) {
-  transpose_units(reinterpret_cast<const float*>(from), ld / kPair<T>, reinterpret_cast<float*>(to), kPanel, rows,
-                  columns / kPair<T>);
+template <typename operand_t>
+inline void pack_transposed(const operand_t* from, int64_t ld, int64_t rows, int64_t columns, operand_t* to) {
+  transpose_units(reinterpret_cast<const float*>(from), ld / kPair<operand_t>, reinterpret_cast<float*>(to), kPanel,
+                  rows, columns / kPair<operand_t>);
 }
 
 // rows x columns, row-major with `ld`, as B operands of up to kPanel columns each, one behind the other. Both are
 // padded: rows to an even number, columns to a multiple of 16.
-template <typename T>
-inline void pack(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to) {
+template <typename operand_t>
+inline void pack(const operand_t* from, int64_t ld, int64_t rows, int64_t columns, operand_t* to) {
   for (int64_t first = 0; first < columns; first += kPanel) {
     const int64_t width = std::min(kPanel, columns - first);
-    for (int64_t i = 0; i < rows; i += kPair<T>, to += width * kPair<T>) {
-      const T* row = from + i * ld + first;
-      if constexpr (kPair<T> == 1) {
-        std::memcpy(to, row, width * sizeof(T));
+    for (int64_t i = 0; i < rows; i += kPair<operand_t>, to += width * kPair<operand_t>) {
+      const operand_t* row = from + i * ld + first;
+      if constexpr (kPair<operand_t> == 1) {
+        std::memcpy(to, row, width * sizeof(operand_t));
       } else {
 #if defined(CPU_CAPABILITY_AVX512)
         for (int64_t j = 0; j < width; j += 16) {
@@ -125,16 +125,17 @@ inline void pack(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to
 }
 
 // rows x columns, row-major with `ld` -> columns x rows, row-major with `ld_to`: an A operand. `scratch` holds
-// columns / 2 x rows elements of 32 bits, for 16-bit T. Zeros fill what is left of each of the new rows.
-template <typename T>
-inline void transpose(const T* from, int64_t ld, int64_t rows, int64_t columns, T* to, int64_t ld_to, float* scratch) {
-  if constexpr (kPair<T> == 1) {
+// columns / 2 x rows elements of 32 bits, for 16-bit operand_t. Zeros fill what is left of each of the new rows.
+template <typename operand_t>
+inline void transpose(const operand_t* from, int64_t ld, int64_t rows, int64_t columns, operand_t* to, int64_t ld_to,
+                      float* scratch) {
+  if constexpr (kPair<operand_t> == 1) {
     transpose_units(from, ld, to, ld_to, rows, columns);
   } else {
     transpose_units(reinterpret_cast<const float*>(from), ld / 2, scratch, rows, rows, columns / 2);
     for (int64_t j = 0; j < columns; j += 2) {
-      const T* units = reinterpret_cast<const T*>(scratch + j / 2 * rows);
-      T *even = to + j * ld_to, *odd = even + ld_to;
+      const operand_t* units = reinterpret_cast<const operand_t*>(scratch + j / 2 * rows);
+      operand_t *even = to + j * ld_to, *odd = even + ld_to;
       int64_t i = 0;
 #if defined(CPU_CAPABILITY_AVX512)
       for (; i + 16 <= rows; i += 16) {
@@ -150,14 +151,14 @@ inline void transpose(const T* from, int64_t ld, int64_t rows, int64_t columns, 
     }
   }
   for (int64_t j = 0; j < columns; ++j) {
-    std::memset(static_cast<void*>(to + j * ld_to + rows), 0, (ld_to - rows) * sizeof(T));
+    std::memset(static_cast<void*>(to + j * ld_to + rows), 0, (ld_to - rows) * sizeof(operand_t));
   }
 }
 
-// The depth of a product over a head's dimensions: padded for the pairs of 16-bit T, and for AMX.
-template <typename T>
+// The depth of a product over a head's dimensions: padded for the pairs of 16-bit operand_t, and for AMX.
+template <typename operand_t>
 inline int64_t depth_of(int64_t head_dim) {
-  return kPair<T> == 2 ? std::max<int64_t>(32, round_up(head_dim, 2)) : head_dim;
+  return kPair<operand_t> == 2 ? std::max<int64_t>(32, round_up(head_dim, 2)) : head_dim;
 }
 
 // A row stride for the transpose of a head's rows, so that its rows do not all fall into the same few sets of a cache.

@@ -30,7 +30,7 @@ template <int degree>
 inline Vec exp2_of_negative(Vec y) {
   constexpr auto& coefficients = kExp2Coefficients<degree>;
 #if !defined(CPU_CAPABILITY_AVX512)
-  y = at::vec::clamp_max(at::vec::clamp_min(y, Vec(-127.0f)), Vec(0.0f));
+  y = at::vec::clamp_min(y, Vec(-127.0f));
 #endif
   const Vec whole = y.round(), r = y - whole;
   Vec power = Vec(coefficients[degree]);

@@ -8,13 +8,10 @@ same whatever the worker, the rank or the batch it lands in.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -22,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-GREY = (0.2989, 0.587, 0.114)  # of red, green, blue; torchvision's, which is ITU-R 601's
-ORDERS = tuple(permutations(range(3)))  # of brightness, contrast, saturation
+from ffvt.kernels.backends import forced_backend, resolve
+from ffvt.kernels.reference import ORDERS
+
 NO_JITTER = torch.tensor([1.0, 1.0, 1.0, 0.0])
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL's ways to refuse a file
 
@@ -155,35 +153,43 @@ def patches_in_box(box: tuple[float, float, float, float], patch_size: float, gr
 
 
 def augment(images: Tensor, jitter: Tensor | None, recipe: Recipe, out: Tensor | None = None) -> Tensor:
-    """Colour jitter and normalisation of a batch, on the device where it is: uint8 (B, 3, S, S) to fp32.
+    """Colour jitter and normalisation of a batch, on the device where it is.
 
-    jitter: (B, 4) from `random_view`, on the CPU or the images' device; None for none, as in evaluation. out: an
-    earlier result that nobody needs any more; the C++ kernel, which serves CPUs, writes over it where the shape fits,
-    as fresh memory costs more than the arithmetic.
+    Args:
+        images: (B, 3, S, S) uint8.
+        jitter: (B, 4) fp32 from `random_view`, on the CPU or the images' device; None for none, as in evaluation.
+        recipe: whether there is jitter, the mean and the standard deviation.
+        out: an earlier result that nobody needs any more; it is written over where its shape fits, as fresh memory
+            costs more than the arithmetic.
+
+    Returns:
+        (B, 3, S, S) fp32.
+
+    Raises:
+        ValueError: images or jitter have another shape, or an order is none of 0 to 5 (of a jitter on the CPU).
+        TypeError: images are not uint8.
     """
-    device = images.device
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"augment: images must be (B, 3, S, S); got images.shape={tuple(images.shape)}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"augment: images must be uint8; got images.dtype={images.dtype}")
+    rows = torch.empty(0) if jitter is None or not recipe.jitter else _checked_jitter(jitter, len(images))
     scale, shift = _normalisation(recipe)
-    jitter = jitter if recipe.jitter else None
-    if device.type == "cpu" and _kernels():
-        fits = out is not None and out.shape == images.shape
-        result = out if fits else torch.empty(images.shape, dtype=torch.float32)
-        rows = torch.empty(0) if jitter is None else jitter.contiguous()
-        _kernels().augment(images.contiguous(), rows, scale.flatten(), shift.flatten(), result)
-        return result
-    result = images.float()
-    if jitter is not None:
-        _jitter_(result, jitter.to(device, non_blocking=True))
-    return result.mul_(scale.to(device)).add_(shift.to(device))
+    rows, scale, shift = (t.to(images.device, torch.float32, non_blocking=True) for t in (rows, scale, shift))
+    fits = out is not None and (out.shape, out.dtype, out.device) == (images.shape, torch.float32, images.device)
+    if not (fits and out.is_contiguous()):
+        out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    backend = resolve("augment", forced_backend(), images)
+    backend.augment(images.contiguous(), rows.contiguous(), scale, shift, out)
+    return out
 
 
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """The C++ kernels, where they are built."""
-    try:
-        from ffvt.kernels import backend_cpp
-    except ImportError:
-        return None
-    return None if backend_cpp.missing() else backend_cpp
+def _checked_jitter(jitter: Tensor, count: int) -> Tensor:
+    if jitter.shape != (count, 4):
+        raise ValueError(f"augment: jitter must be ({count}, 4); got jitter.shape={tuple(jitter.shape)}")
+    if jitter.device.type == "cpu" and not ((jitter[:, 3] >= 0) & (jitter[:, 3] < len(ORDERS))).all():
+        raise ValueError(f"augment: orders must be 0 to 5; got {jitter[:, 3].tolist()}")
+    return jitter
 
 
 def normalize(images: Tensor, recipe: Recipe = PLAIN) -> Tensor:
@@ -192,18 +198,6 @@ def normalize(images: Tensor, recipe: Recipe = PLAIN) -> Tensor:
 
 
 def _normalisation(recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """scale and shift (3, 1, 1) that take [0, 255] to normalised values."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    """scale and shift (3,) that take [0, 255] to normalised values."""
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
     return 1 / (255 * std), -mean / std
-
-
-def _jitter_(images: Tensor, jitter: Tensor) -> None:
-    """(B, 3, S, S) fp32 in [0, 255], changed in place: blends with black, the mean grey and the grey, each clamped."""
-    weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
-    orders = torch.tensor(ORDERS, device=images.device)[jitter[:, 3].long()]  # (B, 3)
-    for stage in range(3):
-        kind = orders[:, stage].view(-1, 1, 1, 1)
-        factor = jitter.gather(1, orders[:, stage : stage + 1]).view(-1, 1, 1, 1)
-        grey = (images * weights).sum(1, keepdim=True)
-        other = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey) * (kind > 0)
-        images.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255)

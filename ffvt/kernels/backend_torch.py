@@ -4,8 +4,9 @@ What: every operator for every device PyTorch runs on; the default wherever no k
 How: attention through PyTorch's fused SDPA; row 0 and column 0 of the logits as two thin fp32 products per head.
 Memory: nothing of N x N elements, forward or backward. On CPU the backward is PyTorch's flash backward from the saved
     lse; elsewhere it goes over tiles of query rows, so its scratch is TILE x N per head.
-Limits: none beyond the operators' own. With fewer than 16 tokens, PyTorch's CPU SDPA gives zeros where a query holds
-    NaN.
+Limits: PyTorch's own. Its CPU SDPA gives zeros, not NaN, where a query holds NaN and there are fewer than 16 tokens,
+    and where all logits of a query are -inf. Its CPU backward takes the probabilities from an lse that is rounded to
+    fp32: they lose a digit for each digit of the logits past the first, and have no bound once these pass 1e7.
 Source: FFVT section 3.2; the backward is FlashAttention's (Dao et al., arXiv 2205.14135), in tiles.
 """
 
@@ -15,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffvt.kernels.reference import accumulator_dtype, check_index_range, maws_score
+from ffvt.kernels import reference
+from ffvt.kernels.checks import check_index_range
+from ffvt.kernels.reference import maws_score
 
 TILE = 128  # query rows of the tiled backward
+
+augment = reference.augment  # element by element: nothing to make faster
 
 
 def missing() -> list[str]:
@@ -31,12 +36,12 @@ def unsupported(operator: str, *tensors: Tensor) -> list[str]:
 
 
 def class_logits(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Row 0 and column 0 of scale * q kT: (B, N, H, D) x 2 -> two (B, H, N), in `accumulator_dtype`.
+    """Row 0 and column 0 of scale * q kT: (B, N, H, D) x 2 -> two (B, H, N), in fp32 (fp64 for fp64).
 
     A product and a sum rather than a matmul: matmul would round the logits to the input dtype, and would copy the
     strided heads first (1.5 ms against 3.9 ms at B=4 N=785 H=12 D=64, fp32, 2 cores).
     """
-    dtype = accumulator_dtype(q.dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.detach(), k.detach()
     row = (k * (q[:, :1].to(dtype) * scale)).sum(-1)  # (B, N, H)
     column = (q * (k[:, :1].to(dtype) * scale)).sum(-1)
@@ -58,13 +63,18 @@ def select_top(score: Tensor, num_select: int, first_candidate: int) -> Tensor:
 def maws_select_forward(
     q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int
 ) -> tuple[Tensor, Tensor]:
+    """q, k (B, N, H, D) -> index (B, K), score (B, N), from two thin products."""
     score = maws_score(*class_logits(q, k, scale))
     return select_top(score, num_select, first_candidate), score
 
 
 def maws_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, N, H, D) -> out (B, N, H, D), index (B, K), score (B, N), lse (B, H, N), row_max (B, H, N) of zeros.
+
+    lse is SDPA's on a CPU; elsewhere it is unused, and NaN.
+    """
     index, score = maws_select_forward(q, k, num_select, scale, first_candidate)
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]  # (B, H, N, D) views
     if keeps_lse(q):
@@ -72,10 +82,9 @@ def maws_attention_forward(
         lse = lse.contiguous()
     else:
         out = F.scaled_dot_product_attention(*heads_first, scale=scale)
-        lse = torch.full(
-            (q.shape[0], q.shape[2], q.shape[1]), torch.nan, dtype=accumulator_dtype(q.dtype), device=q.device
-        )
-    return out.transpose(1, 2).contiguous(), index, score, lse
+        shape, dtype = (q.shape[0], q.shape[2], q.shape[1]), torch.promote_types(q.dtype, torch.float32)
+        lse = torch.full(shape, torch.nan, dtype=dtype, device=q.device)
+    return out.transpose(1, 2).contiguous(), index, score, lse, torch.zeros_like(lse)
 
 
 def keeps_lse(q: Tensor) -> bool:
@@ -90,10 +99,11 @@ def maws_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    row_max: Tensor,
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D)."""
+    """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D); row_max is unused."""
     if not keeps_lse(q):
         tiled_backward(grad_out, q, k, v, out, scale, grads)
         return
@@ -107,7 +117,7 @@ def tiled_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Backward over tiles of query rows, on any device, without an lse: each tile's softmax is recomputed."""
-    dtype = accumulator_dtype(q.dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     keys, values = (t.transpose(1, 2).to(dtype) for t in (k, v))  # (B, H, N, D); fp16 logits could overflow
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     for start in range(0, q.shape[1], TILE):
@@ -124,6 +134,7 @@ def tiled_backward(
 
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, N, C), index (B, K) -> (B, K, C)."""
     if index.device.type == "cpu":
         check_index_range(index, x.shape[1])
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -131,6 +142,8 @@ def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum, in the dtype of grad."""
+    if index.device.type == "cpu":
+        check_index_range(index, num_tokens)
     batch = torch.arange(grad.shape[0], device=grad.device).unsqueeze(1).expand_as(index)
     target = grad.new_zeros(grad.shape[0], num_tokens, grad.shape[2])
     return target.index_put_((batch, index), grad, accumulate=True)

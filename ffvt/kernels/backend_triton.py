@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from ffvt.kernels.backend_torch import augment  # element by element: PyTorch's own kernels do it
 from ffvt.kernels.gather_tokens_triton import gather_tokens_backward, gather_tokens_forward
 from ffvt.kernels.maws_attention_backward_triton import maws_attention_backward
 from ffvt.kernels.maws_attention_triton import maws_attention_forward
@@ -18,6 +19,7 @@ from ffvt.kernels.tiles_triton import MAX_EXTENT, MAX_HEAD_DIM, extent
 from ffvt.kernels.tuning import MAX_TOKENS
 
 __all__ = [
+    "augment",
     "gather_tokens_backward",
     "gather_tokens_forward",
     "maws_attention_backward",
@@ -40,6 +42,8 @@ def unsupported(operator: str, *tensors: Tensor) -> list[str]:
     """Reasons why this backend cannot serve a call."""
     first = tensors[0]
     reasons = _device_reasons(first)
+    if operator == "augment":
+        return reasons
     if first.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype must be fp16, bf16 or fp32; got {first.dtype}")
     if operator != "gather_tokens":

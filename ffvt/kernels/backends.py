@@ -1,9 +1,7 @@
 """Which backend serves a call: the table of backends, the forced choice, and the reasons.
 
-A backend is a module with the functions `<operator>_forward` / `<operator>_backward`, `missing() -> reasons` (why it
-can serve nothing on this machine) and `unsupported(operator, *tensors) -> reasons` (why not this call); it may have
-`slower() -> reasons` (why not here unless it is forced). The automatic choice goes by device and may change speed,
-never results. A forced backend (`use_backend`) never falls back.
+A backend is a module with the functions of `Backend`. The automatic choice goes by device and may change speed, never
+results. A forced backend (`use_backend`) never falls back.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +30,60 @@ _DEFAULT_PREFERENCE = ("torch",)
 
 _forced: list[str] = []  # names of the open use_backend blocks, the innermost last
 _announced: set[tuple[str, str, str]] = set()
+
+
+class Backend(Protocol):
+    """The functions of a backend. What they compute: `reference.py`. The operators have checked the arguments.
+
+    q, k, v, out, grad_out (B, N, H, D) have one shape and dtype and unit last stride; x (B, N, C), grad (B, K, C) and
+    index (B, K) int64 have any strides. 1 <= num_select <= N - first_candidate, and scale > 0. Index values are not
+    checked: a function reads them where that costs nothing.
+    """
+
+    def missing(self) -> list[str]:
+        """Reasons why no call on this machine can be served."""
+
+    def unsupported(self, operator: str, *tensors: Tensor) -> list[str]:
+        """Reasons why this call cannot be served."""
+
+    def maws_attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """out (B, N, H, D) contiguous, index (B, K) int64, score (B, N) fp32, and two statistics of every query,
+        (B, H, N) in fp32 (fp64 for fp64 inputs): row_max, a number that the backward takes from the products q kT
+        before it scales them, and lse, the logarithm of the sum of exp(scale * (q kT - row_max)). A backend that
+        takes nothing away gives a row_max of zeros."""
+
+    def maws_attention_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        row_max: Tensor,
+        scale: float,
+        grads: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Writes the gradients of `out` into grads = (dq, dk, dv), each (B, N, H, D), any strides with unit last
+        stride; out, lse and row_max are this backend's own, contiguous."""
+
+    def maws_select_forward(
+        self, q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int
+    ) -> tuple[Tensor, Tensor]:
+        """index (B, K) int64, score (B, N) fp32."""
+
+    def gather_tokens_forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """Row index[b, i] of image b: (B, K, C). IndexError for an index outside, of a CPU tensor."""
+
+    def gather_tokens_backward(self, grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+        """The gradient (B, N, C) of x; a token picked twice receives the sum."""
+
+    def augment(self, images: Tensor, jitter: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+        """Colour jitter and normalisation of images (B, 3, H, W) uint8 into out, fp32, contiguous. jitter (B, 4) fp32:
+        factors of brightness, contrast and saturation, and the number of their order in `reference.ORDERS`; empty for
+        none. scale, shift (3,) fp32."""
 
 
 class use_backend:
@@ -68,33 +119,38 @@ def forced_backend() -> str:
     return _forced[-1] if _forced else AUTO
 
 
-def resolve(operator: str, backend: str, *tensors: Tensor) -> ModuleType:
+def resolve(operator: str, backend: str, *tensors: Tensor) -> Backend:
     """The module that serves this call of `operator`: the forced one, or the first of the device's preference."""
     device = tensors[0].device.type
     if backend != AUTO:
         reasons = _reasons(backend, operator, tensors)
         if reasons:
             raise NotImplementedError(f"{operator}: backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
-        return importlib.import_module(_MODULES[backend])
+        return _load(backend)
     passed_over = []
     for name in _PREFERENCE.get(device, _DEFAULT_PREFERENCE):
-        reasons = _reasons(name, operator, tensors) or _slower(name)
+        reasons = _reasons(name, operator, tensors)
         if not reasons:
             _announce(operator, device, name, passed_over)
-            return importlib.import_module(_MODULES[name])
+            return _load(name)
         passed_over.append(f"{name}: {'; '.join(reasons)}")
     raise AssertionError(f"{operator}: no backend for {device}: {passed_over}")  # torch serves everything
 
 
 def _reasons(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> list[str]:
-    return _load_reasons(backend) or importlib.import_module(_MODULES[backend]).unsupported(operator, *tensors)
+    return _load_reasons(backend) or _load(backend).unsupported(operator, *tensors)
+
+
+@functools.cache
+def _load(backend: str) -> Backend:
+    return importlib.import_module(_MODULES[backend])
 
 
 @functools.cache
 def _load_reasons(backend: str) -> list[str]:
     """Why the backend's module cannot be used at all."""
     try:
-        importlib.import_module(_MODULES[backend])
+        _load(backend)
     except ImportError as error:
         return [f"cannot be imported: {error}"]
     return []
@@ -102,13 +158,7 @@ def _load_reasons(backend: str) -> list[str]:
 
 def _missing(backend: str) -> list[str]:
     """Why the backend can serve no call on this machine."""
-    return _load_reasons(backend) or importlib.import_module(_MODULES[backend]).missing()
-
-
-def _slower(backend: str) -> list[str]:
-    """Why the automatic choice passes over a backend that could serve."""
-    reasons = getattr(importlib.import_module(_MODULES[backend]), "slower", None)
-    return reasons() if reasons else []
+    return _load_reasons(backend) or _load(backend).missing()
 
 
 def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> None:
@@ -123,9 +173,7 @@ def extension_info() -> dict[str, Any]:
         from ffvt import _C
     except ImportError as error:
         return {"available": False, "reason": str(error)}
-    from ffvt.kernels import backend_cpp
-
-    kernels = {} if backend_cpp.missing() else backend_cpp.facts()
+    kernels = {} if _load_reasons("cpp") else _load("cpp").facts()
     return {"available": True, **_C.build_info(), **_C.cpu_info(), **kernels}
 
 
@@ -146,7 +194,7 @@ def info() -> dict[str, Any]:
         if device == "cuda" and not torch.cuda.is_available():
             devices[device] = {"serves": None, "why": "torch.cuda.is_available() is False"}
             continue
-        passed_over = {name: _missing(name) or _slower(name) for name in _PREFERENCE[device]}
+        passed_over = {name: _missing(name) for name in _PREFERENCE[device]}
         serving = next(name for name, reasons in passed_over.items() if not reasons)
         why = [f"{name}: {'; '.join(reasons)}" for name, reasons in passed_over.items() if reasons]
         devices[device] = {"serves": serving, "why": "; ".join(why) or "preferred"}

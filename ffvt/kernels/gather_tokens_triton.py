@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ffvt.kernels import tuning
-from ffvt.kernels.reference import check_index_range
+from ffvt.kernels.checks import check_index_range
 
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:

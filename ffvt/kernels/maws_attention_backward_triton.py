@@ -50,15 +50,16 @@ KEY_LAUNCHES = {2: (None,), 4: ("dv", "dk")}
 
 
 def maws_attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, grads: tuple[Tensor, ...]
-) -> None:
-    """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D)."""
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row_max: Tensor, scale: float,
+    grads: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D); row_max holds zeros."""
     B, N, H, D = q.shape
     if not B:
         return
-    if grad_out.stride(-1) != 1 or extent(grad_out) > MAX_EXTENT:  # the gradient of a sum is broadcast
+    if extent(grad_out) > MAX_EXTENT:
         grad_out = grad_out.contiguous()
-    out, lse = out.contiguous(), lse.contiguous()
+    out = out.contiguous()
     delta = torch.empty_like(lse)
     inputs = [strided(tensor) for tensor in (q, k, v, grad_out)]
     dq, dk, dv = (strided(grad) for grad in grads)

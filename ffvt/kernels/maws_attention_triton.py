@@ -45,8 +45,8 @@ from ffvt.kernels.tiles_triton import (
 
 def maws_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, N, H, D), index (B, K) int64, score (B, N) fp32, lse (B, H, N) fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out (B, N, H, D), index (B, K) int64, score (B, N) fp32, lse (B, H, N) fp32, and the zeros that lse lacks."""
     B, N, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse, row, col = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
@@ -59,7 +59,7 @@ def maws_attention_forward(
                 **config.options,
             )
         index, score = pick(row, col, num_select, first_candidate)
-    return out, index, score, lse
+    return out, index, score, lse, torch.zeros_like(lse)
 
 
 # scale_log2 is scale * log2(e) from the host: one rounding less.

@@ -1,7 +1,10 @@
 """The public operators.
 
-Each checks its arguments, applies autocast, and makes one registered call, `torch.ops.ffvt.<operator>`, that autograd,
-`torch.compile`, `torch.export` and CUDA graphs see as one opaque node (`registration.py`).
+Each applies autocast and makes one registered call, `torch.ops.ffvt.<operator>`, that autograd, `torch.compile`,
+`torch.export` and CUDA graphs see as one opaque node, and that checks its arguments (`registration.py`).
+
+Gradients are those of `backward()` and `torch.autograd.grad`, once. There is no forward mode (`torch.func.jvp`), no
+second gradient, and no `torch.func.grad` or `vjp`: PyTorch does not carry a registered operator's gradient into them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from ffvt.kernels import registration  # noqa: F401  defines torch.ops.ffvt
 from ffvt.kernels.backends import forced_backend
-from ffvt.kernels.checks import check_device, check_dtype, check_heads, check_selection, check_tensors, prepare
+from ffvt.kernels.checks import as_int, as_scale, check_tensors, prepare
 
 
 def maws_attention(
@@ -23,7 +26,7 @@ def maws_attention(
         q, k, v: (B, N, H, D), one dtype of fp16, bf16, fp32, fp64, any strides with unit last stride. Token 0 is the
             class token. Under autocast they are cast to its dtype.
         num_select: K, how many tokens to pick, 1 <= K <= N - first_candidate.
-        scale: factor of the logits; 1/sqrt(D) when None.
+        scale: factor of the logits, finite and positive; 1/sqrt(D) when None.
         first_candidate: tokens [0, first_candidate) are never picked; 0 is the authors' behaviour (the class token
             can be picked), 1 leaves out the class token.
 
@@ -33,17 +36,16 @@ def maws_attention(
         score: (B, N) fp32, mean_h softmax(S_h[0, :]) * mean_h softmax(S_h[:, 0]), of every token.
 
     Raises:
-        ValueError: a shape, a stride or a value does not hold. TypeError: a dtype or a type does not.
-        NotImplementedError: a backend forced by `use_backend` cannot serve the call.
+        ValueError: a shape, a stride or a value does not hold.
+        TypeError: a dtype or a type does not.
+        NotImplementedError: a backend forced by `use_backend` cannot serve the call; or forward mode.
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
     name = "maws_attention"
     q, k, v = prepare(name, q=q, k=k, v=v)
-    check_heads(name, {"q": q, "k": k, "v": v}, "(B, N, H, D)")
-    scale = check_selection(name, q.shape[1], q.shape[3], num_select, scale, first_candidate)
-    out, index, score, _ = torch.ops.ffvt.maws_attention(q, k, v, num_select, scale, first_candidate, forced_backend())
-    return out, index, score
+    selection = _selection(name, num_select, scale, first_candidate)
+    return torch.ops.ffvt.maws_attention(q, k, v, *selection, forced_backend())[:3]
 
 
 def maws_attention_qkvpacked(
@@ -66,14 +68,8 @@ def maws_attention_qkvpacked(
     """
     name = "maws_attention_qkvpacked"
     (qkv,) = prepare(name, qkv=qkv)
-    check_heads(name, {"qkv": qkv}, "(B, N, 3, H, D)")
-    if qkv.shape[2] != 3:
-        raise ValueError(f"{name}: qkv must be (B, N, 3, H, D); got qkv.shape={tuple(qkv.shape)}")
-    scale = check_selection(name, qkv.shape[1], qkv.shape[4], num_select, scale, first_candidate)
-    out, index, score, _ = torch.ops.ffvt.maws_attention_qkvpacked(
-        qkv, num_select, scale, first_candidate, forced_backend()
-    )
-    return out, index, score
+    selection = _selection(name, num_select, scale, first_candidate)
+    return torch.ops.ffvt.maws_attention_qkvpacked(qkv, *selection, forced_backend())[:3]
 
 
 def maws_select(
@@ -94,10 +90,9 @@ def maws_select(
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
     name = "maws_select"
-    q, k = (tensor.detach() for tensor in prepare(name, q=q, k=k))
-    check_heads(name, {"q": q, "k": k}, "(B, N, H, D)")
-    scale = check_selection(name, q.shape[1], q.shape[3], num_select, scale, first_candidate)
-    return torch.ops.ffvt.maws_select(q, k, num_select, scale, first_candidate, forced_backend())
+    q, k = prepare(name, q=q, k=k)
+    selection = _selection(name, num_select, scale, first_candidate)
+    return torch.ops.ffvt.maws_select(q.detach(), k.detach(), *selection, forced_backend())
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -112,20 +107,16 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         (B, K, C), dtype of x, contiguous. Carries a gradient to x.
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: x is not floating point, index not int64.
+        ValueError: shapes or devices do not fit.
+        TypeError: x is not floating point, index not int64.
         IndexError: an index outside [0, N) (CPU tensors; on a GPU it is not read back: the kernel gives a row of NaN).
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
-    name = "gather_tokens"
-    check_tensors(name, x=x, index=index)
-    check_dtype(name, "x", x)
-    if index.dtype != torch.int64:
-        raise TypeError(f"{name}: index must be int64; got index.dtype={index.dtype}")
-    if x.ndim != 3 or index.ndim != 2 or x.shape[0] != index.shape[0]:
-        raise ValueError(
-            f"{name}: x must be (B, N, C) and index (B, K); got x.shape={tuple(x.shape)}, "
-            f"index.shape={tuple(index.shape)}"
-        )
-    check_device(name, {"x": x, "index": index})
+    check_tensors("gather_tokens", x=x, index=index)
     return torch.ops.ffvt.gather_tokens(x, index, forced_backend())
+
+
+def _selection(name: str, num_select: int, scale: float | None, first_candidate: int) -> tuple[int, float | None, int]:
+    num_select = as_int(name, "num_select", num_select)
+    return num_select, as_scale(name, scale), as_int(name, "first_candidate", first_candidate)

@@ -10,8 +10,15 @@ autograd; the `*_forward` / `*_backward` pairs are what `use_backend("reference"
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import torch
 from torch import Tensor
+
+from ffvt.kernels.checks import check_index_range
+
+GREY = (0.2989, 0.587, 0.114)  # of red, green, blue; torchvision's, which is ITU-R 601's
+ORDERS = tuple(permutations(range(3)))  # of brightness, contrast, saturation
 
 
 def missing() -> list[str]:
@@ -24,14 +31,9 @@ def unsupported(operator: str, *tensors: Tensor) -> list[str]:
     return []
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which logits, statistics and sums are kept: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Scaled logits S = scale * q kT, (B, N, H, D) x 2 -> (B, H, N, N), accumulated in `accumulator_dtype`."""
-    dtype = accumulator_dtype(q.dtype)
+    """Scaled logits S = scale * q kT, (B, N, H, D) x 2 -> (B, H, N, N), in fp32 (fp64 for fp64)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
     return scale * (q.to(dtype).transpose(1, 2) @ k.to(dtype).permute(0, 2, 3, 1))
 
 
@@ -59,13 +61,15 @@ def select_top(score: Tensor, num_select: int, first_candidate: int) -> Tensor:
 
 def maws_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, N, H, D) -> out (B, N, H, D), index (B, K) int64, score (B, N) fp32, lse (B, H, N), and row_max
+    (B, H, N), which is zero: the backward needs neither."""
     logits = attention_logits(q, k, scale)
     score = maws_score(logits[:, :, 0, :], logits[:, :, :, 0]).detach()
     index = select_top(score, num_select, first_candidate)
     lse = logits.logsumexp(-1)  # (B, H, N)
     out = (logits - lse.unsqueeze(-1)).exp() @ v.to(logits.dtype).transpose(1, 2)  # (B, H, N, D)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), index, score, lse
+    return out.transpose(1, 2).to(q.dtype).contiguous(), index, score, lse, torch.zeros_like(lse)
 
 
 def maws_attention_backward(
@@ -75,12 +79,13 @@ def maws_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    row_max: Tensor,
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """The gradient of `out` written into grads = (dq, dk, dv), each (B, N, H, D).
 
-    Works from q, k, v and grad_out alone: `out` and `lse` are what a backend may reuse, and truth needs neither.
+    Works from q, k, v and grad_out alone: out, lse and row_max are what a backend may reuse, and truth needs none.
     """
     probs = attention_logits(q, k, scale).softmax(-1)  # (B, H, N, N)
     d_out = grad_out.to(probs.dtype).transpose(1, 2)  # (B, H, N, D)
@@ -96,12 +101,14 @@ def maws_attention_backward(
 def maws_select_forward(
     q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int
 ) -> tuple[Tensor, Tensor]:
+    """q, k (B, N, H, D) -> index (B, K) int64, score (B, N) fp32."""
     logits = attention_logits(q, k, scale)
     score = maws_score(logits[:, :, 0, :], logits[:, :, :, 0])
     return select_top(score, num_select, first_candidate), score
 
 
 def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, N, C), index (B, K) -> (B, K, C): row index[b, i] of image b."""
     check_index_range(index, x.shape[1])
     rows = [image[picks] for image, picks in zip(x, index)]
     return torch.stack(rows) if rows else x.new_empty(0, index.shape[1], x.shape[2])
@@ -109,17 +116,34 @@ def gather_tokens_forward(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Gradient (B, N, C) of the gathered input; a token picked twice receives the sum."""
-    one_hot = torch.nn.functional.one_hot(index, num_tokens).to(accumulator_dtype(grad.dtype))  # (B, K, N)
+    check_index_range(index, num_tokens)
+    one_hot = torch.nn.functional.one_hot(index, num_tokens).to(
+        torch.promote_types(grad.dtype, torch.float32)
+    )  # (B, K, N)
     return (one_hot.mT @ grad.to(one_hot.dtype)).to(grad.dtype)
 
 
-def check_index_range(index: Tensor, num_tokens: int) -> None:
-    """IndexError unless every index is in [0, num_tokens). Reads the tensor: for host memory only."""
-    if index.numel():
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= num_tokens:
-            worst = low if low < 0 else high
-            raise IndexError(f"gather_tokens: index must be in [0, N={num_tokens}); got index={worst}")
+def augment(images: Tensor, jitter: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """Colour jitter and normalisation of images (B, 3, H, W) uint8 into out, fp32, contiguous.
+
+    jitter: (B, 4), factors of brightness, contrast and saturation, and the number of their order in `ORDERS`; empty for
+    none. Each blends with black, the mean grey or the grey, and clamps to [0, 255]. scale, shift: (3,).
+    """
+    out.copy_(images)
+    if jitter.numel():
+        _jitter_(out, jitter)
+    out.mul_(scale.view(3, 1, 1)).add_(shift.view(3, 1, 1))
+
+
+def _jitter_(images: Tensor, jitter: Tensor) -> None:
+    weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
+    orders = torch.tensor(ORDERS, device=images.device)[jitter[:, 3].long()]  # (B, 3)
+    for stage in range(3):
+        kind = orders[:, stage].view(-1, 1, 1, 1)
+        factor = jitter.gather(1, orders[:, stage : stage + 1]).view(-1, 1, 1, 1)
+        grey = (images * weights).sum(1, keepdim=True)
+        other = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey) * (kind > 0)
+        images.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255)
 
 
 def maws_attention(

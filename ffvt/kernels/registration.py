@@ -1,7 +1,9 @@
-"""The registered operators `torch.ops.ffvt.*`: schemas, kernels, fakes and gradients.
+"""The registered operators `torch.ops.ffvt.*`: schemas, checks, kernels, fakes, gradients and FLOP formulas.
 
-A registered kernel asks `backends.resolve` for the module that serves the call. The forced backend travels as an
-argument, so that a backward runs on the backend of its forward.
+A registered kernel checks what every backend relies on, asks `backends.resolve` for the module that serves the call,
+and calls it (`backends.Backend` says how). Whoever calls, the public functions, an exported program or autograd with
+tensors that a hook has relaid, the checks are the same; the fakes make them while a program is traced. The forced
+backend travels as an argument, so that a backward runs on the backend of its forward.
 """
 
 from __future__ import annotations
@@ -10,95 +12,196 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ffvt.kernels.backends import resolve
-from ffvt.kernels.reference import accumulator_dtype
+from ffvt.kernels.checks import (
+    check_gather,
+    check_heads,
+    check_scale,
+    check_selection,
+    check_statistics,
+    refuse_forward_mode,
+    refuse_tangents,
+)
 
+SEPARATE, PACKED = "(B, N, H, D)", "(B, N, 3, H, D)"
 _LIBRARY = torch.library.Library("ffvt", "DEF")
+_Attended = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # out, index, score, lse, row_max
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its last stride is unit, as the kernels take for granted."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else scale
+
+
+def _check_selecting(
+    name: str, layout: str, num_select: int, scale: float | None, first_candidate: int, **tensors: Tensor
+) -> None:
+    check_heads(name, layout, **tensors)
+    if layout == PACKED:
+        _check_packed(name, tensors["qkv"])
+    num_tokens = next(iter(tensors.values())).shape[1]
+    check_selection(name, num_tokens, num_select, first_candidate)
+    check_scale(name, scale)
+
+
+def _check_packed(name: str, qkv: Tensor) -> None:
+    if qkv.shape[2] != 3:
+        raise ValueError(f"{name}: qkv must be {PACKED}; got qkv.shape={tuple(qkv.shape)}")
+
+
+# maws_attention
 
 
 def _maws_attention(
-    q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float | None, first_candidate: int, backend: str
+) -> _Attended:
+    refuse_tangents("maws_attention", q=q, k=k, v=v)
+    _check_selecting("maws_attention", SEPARATE, num_select, scale, first_candidate, q=q, k=k, v=v)
+    q, k, v = _unit(q), _unit(k), _unit(v)
     module = resolve("maws_attention", backend, q, k, v)
-    return module.maws_attention_forward(q, k, v, num_select, scale, first_candidate)
+    return module.maws_attention_forward(q, k, v, num_select, _scale(scale, q.shape[-1]), first_candidate)
 
 
 def _maws_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
-    index, score = _maws_select_fake(q, k, num_select, scale, first_candidate, backend)
-    return q.new_empty(q.shape), index, score, q.new_empty(batch, heads, tokens, dtype=accumulator_dtype(q.dtype))
+    q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float | None, first_candidate: int, backend: str
+) -> _Attended:
+    refuse_forward_mode("maws_attention")
+    _check_selecting("maws_attention", SEPARATE, num_select, scale, first_candidate, q=q, k=k, v=v)
+    return _empty_results(q, num_select)
+
+
+def _empty_results(q: Tensor, num_select: int) -> _Attended:
+    batch, num_tokens, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse, row_max = (q.new_empty(batch, heads, num_tokens, dtype=wide) for _ in range(2))
+    return q.new_empty(q.shape), *_empty_picks(q, num_select), lse, row_max
+
+
+def _empty_picks(q: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+    batch, num_tokens = q.shape[:2]
+    return q.new_empty(batch, num_select, dtype=torch.int64), q.new_empty(batch, num_tokens, dtype=torch.float32)
 
 
 def _maws_attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_max: Tensor,
+    scale: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    name = "maws_attention_backward"
+    check_heads(name, SEPARATE, q=q, k=k, v=v, out=out, grad_out=grad_out)
+    check_statistics(name, q, lse=lse, row_max=row_max)
+    check_scale(name, scale)
     grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    grad_out, q, k, v, out = (_unit(t) for t in (grad_out, q, k, v, out))
+    lse, row_max = lse.contiguous(), row_max.contiguous()
     module = resolve("maws_attention", backend, q, k, v)
-    module.maws_attention_backward(grad_out, q, k, v, out, lse, scale, grads)
+    module.maws_attention_backward(grad_out, q, k, v, out, lse, row_max, _scale(scale, q.shape[-1]), grads)
     return grads
 
 
 def _maws_attention_backward_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+# maws_attention_qkvpacked
+
+
 def _maws_attention_qkvpacked(
-    qkv: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    module = resolve("maws_attention_qkvpacked", backend, q, k, v)
-    return module.maws_attention_forward(q, k, v, num_select, scale, first_candidate)
+    qkv: Tensor, num_select: int, scale: float | None, first_candidate: int, backend: str
+) -> _Attended:
+    name = "maws_attention_qkvpacked"
+    refuse_tangents(name, qkv=qkv)
+    _check_selecting(name, PACKED, num_select, scale, first_candidate, qkv=qkv)
+    q, k, v = _unit(qkv).unbind(2)
+    module = resolve(name, backend, q, k, v)
+    return module.maws_attention_forward(q, k, v, num_select, _scale(scale, q.shape[-1]), first_candidate)
 
 
 def _maws_attention_qkvpacked_fake(
-    qkv: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _maws_attention_fake(*qkv.unbind(2), num_select, scale, first_candidate, backend)
+    qkv: Tensor, num_select: int, scale: float | None, first_candidate: int, backend: str
+) -> _Attended:
+    refuse_forward_mode("maws_attention_qkvpacked")
+    _check_selecting("maws_attention_qkvpacked", PACKED, num_select, scale, first_candidate, qkv=qkv)
+    return _empty_results(qkv.select(2, 0), num_select)
 
 
 def _maws_attention_qkvpacked_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, row_max: Tensor, scale: float | None, backend: str
 ) -> Tensor:
-    q, k, v = qkv.unbind(2)
+    name = "maws_attention_qkvpacked_backward"
+    check_heads(name, PACKED, qkv=qkv)
+    _check_packed(name, qkv)
+    q, k, v = _unit(qkv).unbind(2)
+    check_heads(name, SEPARATE, q=q, out=out, grad_out=grad_out)
+    check_statistics(name, q, lse=lse, row_max=row_max)
+    check_scale(name, scale)
     grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     module = resolve("maws_attention_qkvpacked", backend, q, k, v)
-    module.maws_attention_backward(grad_out, q, k, v, out, lse, scale, grad.unbind(2))
+    saved = (_unit(out), lse.contiguous(), row_max.contiguous())
+    module.maws_attention_backward(_unit(grad_out), q, k, v, *saved, _scale(scale, q.shape[-1]), grad.unbind(2))
     return grad
 
 
-def _maws_attention_qkvpacked_backward_fake(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
-) -> Tensor:
+def _maws_attention_qkvpacked_backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
+# maws_select
+
+
 def _maws_select(
-    q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
+    q: Tensor, k: Tensor, num_select: int, scale: float | None, first_candidate: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return resolve("maws_select", backend, q, k).maws_select_forward(q, k, num_select, scale, first_candidate)
+    refuse_tangents("maws_select", q=q, k=k)
+    _check_selecting("maws_select", SEPARATE, num_select, scale, first_candidate, q=q, k=k)
+    q, k = _unit(q), _unit(k)
+    module = resolve("maws_select", backend, q, k)
+    return module.maws_select_forward(q, k, num_select, _scale(scale, q.shape[-1]), first_candidate)
 
 
 def _maws_select_fake(
-    q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int, backend: str
+    q: Tensor, k: Tensor, num_select: int, scale: float | None, first_candidate: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    batch, tokens = q.shape[:2]
-    return q.new_empty(batch, num_select, dtype=torch.int64), q.new_empty(batch, tokens, dtype=torch.float32)
+    refuse_forward_mode("maws_select")
+    _check_selecting("maws_select", SEPARATE, num_select, scale, first_candidate, q=q, k=k)
+    return _empty_picks(q, num_select)
+
+
+# gather_tokens
 
 
 def _gather_tokens(x: Tensor, index: Tensor, backend: str) -> Tensor:
+    refuse_tangents("gather_tokens", x=x)
+    check_gather("gather_tokens", "(B, N, C)", index, x=x)
     return resolve("gather_tokens", backend, x, index).gather_tokens_forward(x, index)
 
 
 def _gather_tokens_fake(x: Tensor, index: Tensor, backend: str) -> Tensor:
+    refuse_forward_mode("gather_tokens")
+    check_gather("gather_tokens", "(B, N, C)", index, x=x)
     return x.new_empty(x.shape[0], index.shape[1], x.shape[2])
 
 
 def _gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int, backend: str) -> Tensor:
+    name = "gather_tokens_backward"
+    check_gather(name, "(B, K, C)", index, grad=grad)
+    if grad.shape[1] != index.shape[1]:
+        got = f"grad.shape={tuple(grad.shape)}, index.shape={tuple(index.shape)}"
+        raise ValueError(f"{name}: grad and index must have one K; got {got}")
     return resolve("gather_tokens", backend, grad, index).gather_tokens_backward(grad, index, num_tokens)
 
 
@@ -106,18 +209,24 @@ def _gather_tokens_backward_fake(grad: Tensor, index: Tensor, num_tokens: int, b
     return grad.new_empty(grad.shape[0], num_tokens, grad.shape[2])
 
 
-_SELECT = "int num_select, float scale, int first_candidate, str backend"
+_SELECT = "SymInt num_select, float? scale, SymInt first_candidate, str backend"
 _HEADS = "Tensor q, Tensor k, Tensor v"
+_SAVED = "Tensor out, Tensor lse, Tensor row_max, float? scale, str backend"
+_ATTENDED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _OPERATORS = {
-    f"maws_attention({_HEADS}, {_SELECT}) -> (Tensor, Tensor, Tensor, Tensor)": (_maws_attention, _maws_attention_fake),
-    f"maws_attention_backward(Tensor grad_out, {_HEADS}, Tensor out, Tensor lse, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)": (_maws_attention_backward, _maws_attention_backward_fake),
-    f"maws_attention_qkvpacked(Tensor qkv, {_SELECT}) -> (Tensor, Tensor, Tensor, Tensor)": (
+    f"maws_attention({_HEADS}, {_SELECT}) -> {_ATTENDED}": (_maws_attention, _maws_attention_fake),
+    f"maws_attention_backward(Tensor grad_out, {_HEADS}, {_SAVED}) -> (Tensor, Tensor, Tensor)": (
+        _maws_attention_backward,
+        _maws_attention_backward_fake,
+    ),
+    f"maws_attention_qkvpacked(Tensor qkv, {_SELECT}) -> {_ATTENDED}": (
         _maws_attention_qkvpacked,
         _maws_attention_qkvpacked_fake,
     ),
-    "maws_attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale, str backend)"
-    " -> Tensor": (_maws_attention_qkvpacked_backward, _maws_attention_qkvpacked_backward_fake),
+    f"maws_attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, {_SAVED}) -> Tensor": (
+        _maws_attention_qkvpacked_backward,
+        _maws_attention_qkvpacked_backward_fake,
+    ),
     f"maws_select(Tensor q, Tensor k, {_SELECT}) -> (Tensor, Tensor)": (_maws_select, _maws_select_fake),
     "gather_tokens(Tensor x, Tensor index, str backend) -> Tensor": (_gather_tokens, _gather_tokens_fake),
     "gather_tokens_backward(Tensor grad, Tensor index, SymInt num_tokens, str backend) -> Tensor": (
@@ -137,17 +246,17 @@ def _register_operators() -> None:
 
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, _num_select, ctx.scale, _first_candidate, ctx.backend = inputs
-    out, index, score, lse = output
-    ctx.mark_non_differentiable(index, score, lse)
-    ctx.save_for_backward(*tensors, out, lse)
+    out, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*tensors, out, *others[2:])  # lse, row_max
 
 
 def _attention_backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    if len(tensors) == 3:  # qkv, out, lse
-        grads = (torch.ops.ffvt.maws_attention_qkvpacked_backward(grad_out, *tensors, ctx.scale, ctx.backend),)
-    else:  # q, k, v, out, lse
-        grads = torch.ops.ffvt.maws_attention_backward(grad_out, *tensors, ctx.scale, ctx.backend)
+    saved = (*ctx.saved_tensors, ctx.scale, ctx.backend)
+    if len(ctx.needs_input_grad) == 5:  # qkv and four that are no tensors
+        grads = (torch.ops.ffvt.maws_attention_qkvpacked_backward(grad_out, *saved),)
+    else:
+        grads = torch.ops.ffvt.maws_attention_backward(grad_out, *saved)
     return *grads, None, None, None, None
 
 
@@ -176,5 +285,29 @@ def _register_gradients() -> None:
         torch.library.register_autograd(f"ffvt::{name}_backward", _no_second_gradient, lib=_LIBRARY)
 
 
+def _register_flop_formulas() -> None:
+    """What torch.utils.flop_counter counts: the products of q and k, and of the probabilities and v; 2.5 times that in
+    the backward, its recomputed logits included."""
+    operators = torch.ops.ffvt
+
+    def attention(shape: tuple[int, ...], factor: int) -> int:
+        batch, num_tokens, *_, heads, head_dim = shape
+        return factor * batch * heads * num_tokens**2 * head_dim
+
+    @register_flop_formula([operators.maws_attention, operators.maws_attention_qkvpacked])
+    def _forward(first: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return attention(first, 4)
+
+    @register_flop_formula([operators.maws_attention_backward, operators.maws_attention_qkvpacked_backward])
+    def _backward(grad_out: tuple[int, ...], first: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return attention(first, 10)
+
+    @register_flop_formula(operators.maws_select)
+    def _select(q: tuple[int, ...], *_: Any, **__: Any) -> int:
+        batch, num_tokens, heads, head_dim = q
+        return 4 * batch * heads * num_tokens * head_dim
+
+
 _register_operators()
 _register_gradients()
+_register_flop_formulas()

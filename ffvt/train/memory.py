@@ -124,6 +124,8 @@ def _attention_tensors(config: FFVTConfig, rows: BlockRows, element: int) -> dic
         "out": element * computed * dim,  # of attention; the projection's input is the same memory
         "lse": FP32 * computed * config.num_heads,
     }
+    if rows.selects and not rows.pruned:  # of our own operator; the others' attention is PyTorch's
+        tensors["row_max"] = FP32 * computed * config.num_heads
     if rows.selects:
         tensors["index"] = 8 * (computed if rows.pruned else config.num_select)
     if rows.selects and rows.pruned:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from ffvt.data import cache, transforms
+from ffvt.data import cache
 from ffvt.data.cache import cache_key, open_cached
 from ffvt.data.datasets import DATASETS, ImageSubset, open_split
 from ffvt.data.layouts import read_listing
@@ -30,6 +30,7 @@ from ffvt.data.transforms import (
     random_crop_flip,
     random_view,
 )
+from ffvt.kernels.backends import _load, _missing, use_backend
 from tests.data.layout_fixtures import picture
 
 
@@ -163,34 +164,70 @@ def reference_jitter(image, jitter, recipe):
 
 
 @pytest.mark.parametrize("name", ["CUB", "car", "cifar10"])
-@pytest.mark.parametrize("served_by", ["cpp", "pytorch"])
+@pytest.mark.parametrize("forced", ["cpp", "torch", "reference"])
 @pytest.mark.parametrize("side", [20, 83])
-def test_the_batched_chain_is_torchvisions(name, served_by, side, monkeypatch):
-    if served_by == "pytorch":
-        monkeypatch.setattr(transforms, "_kernels", lambda: None)
-    elif not transforms._kernels():
-        pytest.skip("the C++ kernels are not built")
+def test_the_batched_chain_is_torchvisions(name, forced, side):
+    if _missing(forced):
+        pytest.skip(f"{forced} is missing here: {_missing(forced)}")
     recipe, generator = RECIPES[name], torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (24, 3, side, side), dtype=torch.uint8)
     jitter = torch.stack([draw_jitter(recipe.jitter, generator) for _ in images])
     expected = torch.stack([reference_jitter(image, one, recipe) for image, one in zip(images, jitter)])
     assert len(set(jitter[:, 3].tolist())) == (6 if recipe.jitter else 1)
-    found = augment(images, jitter, recipe)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
-    reused = augment(images.flip(0), jitter.flip(0), recipe, out=found)
-    torch.testing.assert_close(reused.flip(0), expected, rtol=1e-5, atol=2e-5)
-    assert (reused.data_ptr() == found.data_ptr()) == (served_by == "cpp")
-    other = augment(images[:5].transpose(2, 3), None, recipe, out=found)  # strided, and of another shape
+    with use_backend(forced):
+        found = augment(images, jitter, recipe)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+        reused = augment(images.flip(0), jitter.flip(0), recipe, out=found)
+        torch.testing.assert_close(reused.flip(0), expected, rtol=1e-5, atol=2e-5)
+        assert reused.data_ptr() == found.data_ptr()
+        other = augment(images[:5].transpose(2, 3), None, recipe, out=found)  # strided, and of another shape
     torch.testing.assert_close(
         other, torch.stack([reference_jitter(i, None, replace(recipe, jitter=0.0)) for i in images[:5].transpose(2, 3)])
     )
     torch.testing.assert_close(normalize(images, recipe), normalize(images, replace(recipe, jitter=0.0)))
 
 
-def test_an_order_that_is_none_is_refused():
-    if transforms._kernels():
-        with pytest.raises(ValueError, match=r"orders must be 0 to 5; got \[6\.0\]"):
-            augment(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([[1.0, 1.0, 1.0, 6.0]]), RECIPES["CUB"])
+@pytest.mark.parametrize("forced", ["cpp", "torch", "reference"])
+def test_the_forced_backend_augments(forced, monkeypatch):
+    if _missing(forced):
+        pytest.skip(f"{forced} is missing here: {_missing(forced)}")
+    served = []
+    monkeypatch.setattr(_load(forced), "augment", lambda *args: served.append(forced))
+    with use_backend(forced):
+        normalize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    assert served == [forced]
+
+
+JITTER = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+BAD_JITTER = {
+    "too few rows": (JITTER, r"jitter must be \(2, 4\); got jitter.shape=\(1, 4\)"),
+    "too few factors": (JITTER[:, :3].repeat(2, 1), r"got jitter.shape=\(2, 3\)"),
+    "an order that is none": (torch.tensor([[1.0, 1.0, 1.0, 6.0]] * 2), r"orders must be 0 to 5; got \[6.0, 6.0\]"),
+    "a negative order": (torch.tensor([[1.0, 1.0, 1.0, -1.0]] * 2), "orders must be 0 to 5"),
+    "NaN": (torch.full((2, 4), torch.nan), "orders must be 0 to 5"),
+}
+
+
+@pytest.mark.parametrize(("jitter", "message"), BAD_JITTER.values(), ids=BAD_JITTER)
+def test_bad_jitter_is_refused(jitter, message):
+    images = torch.zeros(2, 3, 8, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        augment(images, jitter, RECIPES["CUB"])
+
+
+def test_bad_images_are_refused():
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, S, S\); got images.shape=\(2, 4, 8, 8\)"):
+        normalize(torch.zeros(2, 4, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"images must be uint8; got images.dtype=torch.float32"):
+        normalize(torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("out", [torch.zeros(2, 3, 4, 8).mT, torch.zeros(2, 3, 8, 4, dtype=torch.float64)])
+def test_memory_that_does_not_fit_is_left_alone(out):
+    images = torch.randint(0, 256, (2, 3, 8, 4), dtype=torch.uint8)
+    result = augment(images, JITTER.repeat(2, 1), RECIPES["CUB"], out=out)
+    assert torch.equal(result, augment(images, None, RECIPES["CUB"]))
+    assert not out.any()
 
 
 @pytest.mark.gpu

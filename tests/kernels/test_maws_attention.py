@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,9 +187,9 @@ def test_the_tiled_backward_of_other_devices_agrees_with_the_reference(dtype):
     if dtype == torch.float16:  # unscaled logits of this size overflow
         q, k = 40 * q, 40 * k
     grad_out = torch.randn_like(q)
-    out, _, _, lse = ffvt.reference.maws_attention_forward(q, k, v, 1, 0.3, 0)
+    out, _, _, lse, row_max = ffvt.reference.maws_attention_forward(q, k, v, 1, 0.3, 0)
     expected, found = ([torch.empty_like(q) for _ in range(3)] for _ in range(2))
-    ffvt.reference.maws_attention_backward(grad_out, q, k, v, out, lse, 0.3, expected)
+    ffvt.reference.maws_attention_backward(grad_out, q, k, v, out, lse, row_max, 0.3, expected)
     backend_torch.tiled_backward(grad_out, q, k, v, out, 0.3, found)
     share = 1e-12 if dtype == torch.float64 else 0.1  # sharp fp16 rows: the rounding of `out` is most of delta
     for mine, theirs in zip(found, expected):
@@ -203,10 +204,10 @@ def test_opcheck(backend, dtype):
     torch.library.opcheck(torch.ops.ffvt.maws_attention, (q, k, v, 3, 0.5, 1, backend))
     qkv = torch.stack([q, k, v], dim=2).detach().requires_grad_()
     torch.library.opcheck(torch.ops.ffvt.maws_attention_qkvpacked, (qkv, 3, 0.5, 1, backend))
-    out, _, _, lse = (t.detach() for t in torch.ops.ffvt.maws_attention(q, k, v, 3, 0.5, 1, backend))
+    out, _, _, *statistics = (t.detach() for t in torch.ops.ffvt.maws_attention(q, k, v, 3, 0.5, 1, backend))
     q, k, v, qkv = (t.detach() for t in (q, k, v, qkv))
-    torch.library.opcheck(torch.ops.ffvt.maws_attention_backward, (out, q, k, v, out, lse, 0.5, backend))
-    torch.library.opcheck(torch.ops.ffvt.maws_attention_qkvpacked_backward, (out, qkv, out, lse, 0.5, backend))
+    torch.library.opcheck(torch.ops.ffvt.maws_attention_backward, (out, q, k, v, out, *statistics, 0.5, backend))
+    torch.library.opcheck(torch.ops.ffvt.maws_attention_qkvpacked_backward, (out, qkv, out, *statistics, 0.5, backend))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -305,6 +306,18 @@ BAD = {
     "num_select past the candidates": (dict(num_select=7, first_candidate=3), ValueError, "got num_select=7"),
     "first_candidate negative": (dict(first_candidate=-1), ValueError, "got first_candidate=-1"),
     "first_candidate past the end": (dict(first_candidate=9), ValueError, "got first_candidate=9"),
+    "scale negative": (
+        dict(scale=-1.0),
+        ValueError,
+        "maws_attention: scale must be finite and positive; got scale=-1.0",
+    ),
+    "scale zero": (dict(scale=0), ValueError, "got scale=0.0"),
+    "scale infinite": (dict(scale=float("inf")), ValueError, "got scale=inf"),
+    "scale past fp32": (dict(scale=3e38), ValueError, r"scale must be at most 2.36e\+38, .*; got scale=3e\+38"),
+    "scale a bool": (dict(scale=True), TypeError, "got scale=True"),
+    "num_select a bool": (dict(num_select=True), TypeError, "got num_select=True"),
+    "num_select NumPy's bool": (dict(num_select=np.True_), TypeError, "num_select must be an int"),
+    "first_candidate not an int": (dict(first_candidate=0.0), TypeError, "got first_candidate=0.0"),
     "scale not finite": (dict(scale=float("nan")), ValueError, "got scale=nan"),
     "no tensor": (dict(q=None), TypeError, "got q=None"),
     "scale not a number": (dict(scale="a"), TypeError, "got scale='a'"),

@@ -21,7 +21,7 @@ from ffvt.train.step import training_step
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 112, "num_classes": 10, "depth": 4, "embed_dim": 192, "num_heads": 3, "mlp_dim": 768}
-ATEN, OURS = torch.ops.aten, torch.ops.ffvt
+ATEN = torch.ops.aten
 VARIANTS = [
     {},
     {"feature_fusion": False},
@@ -42,32 +42,21 @@ def small_config(**changes):
     return make_config("vit_s16", **{**SMALL, **changes})
 
 
-def counts_of_attention():
-    """Formulas for the operators that PyTorch's counter does not know: products of q and k, and of probs and v."""
-
-    def packed(qkv, factor):
-        batch, tokens, _, heads, head_dim = qkv
-        return factor * batch * heads * tokens**2 * head_dim
+def counts_of_sdpa():
+    """Formulas for PyTorch's attention on a CPU, which its counter does not know."""
 
     def separate(q, k, factor):
         batch, heads, rows, head_dim = q
         return factor * batch * heads * rows * k[2] * head_dim
 
-    def selection(q, *_, **__):
-        batch, tokens, heads, head_dim = q
-        return 4 * batch * heads * tokens * head_dim
-
     return {
-        OURS.maws_attention_qkvpacked: lambda qkv, *_, **__: packed(qkv, 4),
-        OURS.maws_attention_qkvpacked_backward: lambda grad, qkv, *_, **__: packed(qkv, 10),
-        OURS.maws_select: selection,
         ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: separate(q, k, 4),
         ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: separate(q, k, 10),
     }
 
 
 def counted_flops(model, batch, training):
-    counter = FlopCounterMode(display=False, custom_mapping=counts_of_attention())
+    counter = FlopCounterMode(display=False, custom_mapping=counts_of_sdpa())
     images = torch.randn(batch, 3, model.config.image_size, model.config.image_size)
     with counter, nullcontext() if training else torch.no_grad():
         logits = model(images)
