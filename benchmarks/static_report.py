@@ -3,6 +3,7 @@
     python -m benchmarks.static_report            compile all, rewrite the results and DESIGN.md
     python -m benchmarks.static_report --check    compile all; exit 1 where the file differs or a kernel spills
     python -m benchmarks.static_report --quick    check one row per kernel, dtype and GPU, and rows whose code changed
+    python -m benchmarks.static_report --stale    compile nothing; exit 1 where the code of a kernel changed since
 
 Head dimensions 32, 64, 80, 96, 128, aligned strides; selection of 12 and 64 tokens. Per kernel, architecture, dtype and
 head dimension: registers, stack (spills), shared memory, warps, how many programs fit on one multiprocessor, how many
@@ -179,11 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference or a spill")
     parser.add_argument("--quick", action="store_true", help="the same of few rows and those whose code changed")
+    parser.add_argument("--stale", action="store_true", help="compile nothing; exit 1 where code changed since the file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--architectures", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     arguments = parser.parse_args(argv)
-    check = arguments.check or arguments.quick
+    check = arguments.check or arguments.quick or arguments.stale
     everything = list(jobs())
     wanted = [
         job for job in everything if job.architecture in arguments.architectures and job.dtype in arguments.dtypes
@@ -192,6 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a part can be checked with --check, but the file is written whole")
     path = RESULTS / f"static-triton-{triton.__version__}.json"
     recorded = json.loads(path.read_text()) if check and path.exists() else []
+    if arguments.stale:
+        stale = changed(everything, recorded)
+        print(f"static_report: {len(stale)} of {len(everything)} configurations changed since {path.name}")
+        return 1 if stale else 0
     if arguments.quick:
         wanted = list(dict.fromkeys((*representative(wanted), *changed(wanted, recorded))))
     records = json.loads(json.dumps(run(wanted, arguments.jobs)))
