@@ -26,7 +26,8 @@ inline void check_heads(const char* name, const at::Tensor& t, const at::Tensor&
                     t.sizes(), ", q is ", q.sizes());
   TORCH_CHECK_VALUE(t.size(1) > 0 && t.size(2) > 0 && t.size(3) > 0, name,
                     " must have no dimension of zero but B; got ", t.sizes());
-  TORCH_CHECK_VALUE(t.numel() == 0 || t.size(3) == 1 || t.stride(3) == 1, name, " must have unit last stride; got ", t.strides());
+  TORCH_CHECK_VALUE(t.numel() == 0 || t.size(3) == 1 || t.stride(3) == 1, name, " must have unit last stride; got ",
+                    t.strides());
   TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, " must have the dtype of q; got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU; got ", t.device());
 }
