@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class RunFolder:
     def __init__(self, options: TrainOptions, world: World) -> None:
         self.options, self.world = options, world
         self.path = Path(options.output_dir) / options.name
-        self._lock: Any = None
+        self._open = ExitStack()  # the lock's file and the log
         self._saved_best: tuple = (None, 0)  # score and step of the best model that there is a checkpoint of
 
     def __enter__(self) -> RunFolder:
@@ -55,10 +56,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if hasattr(self, "log"):
-            self.log.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._open.close()
 
     def _acquire(self) -> None:
         path = self.path.with_name(f".{self.path.name}.lock")
@@ -69,7 +67,7 @@ class RunFolder:
         except OSError as error:
             lock.close()
             raise ValueError(f"train: {path} must be free; another process writes this run") from error
-        self._lock = lock
+        self._open.callback(lock.close)
 
     def start(self, state: TrainState, data: Data, facts: dict[str, Any]) -> None:
         """Restores `state` from the checkpoint to resume from, if there is one, and opens the log, which gets `facts`.
@@ -94,6 +92,7 @@ class RunFolder:
             enabled=self.world.is_main,
             tensorboard=options.tensorboard,
         )
+        self._open.callback(self.log.close)
         self.log.write("run", **facts)
         if start.checkpoint is not None:
             self.log.write("resume", step=state.step, checkpoint=str(start.checkpoint))

@@ -108,9 +108,7 @@ class TrainState:
             ValueError: it is of another model, or of another kind of optimiser.
         """
         _check_fit(self.model, model)
-        self._restore_optimizer(
-            _part(tensors, "optimizer")
-        )  # before the weights: PyTorch makes a step at rate 0 for it
+        self._restore_optimizer(_part(tensors, "optimizer"))  # before the weights: it makes a step at rate 0
         set_model_state_dict(self.model, _part(tensors, "model") or model, options=WHOLE)
         if self.ema is not None:
             set_model_state_dict(self.ema.module, model, options=WHOLE)

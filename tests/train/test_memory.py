@@ -103,13 +103,13 @@ def measured_peak(state, batch):
     [
         (8, {}, 0.01),
         (4, {"precision": "bf16"}, 0.01),
-        (8, {"feature_fusion": False, "dropout": 0.0, "precision": "bf16"}, 0.01),
-        (4, {"feature_fusion": False}, 0.01),
+        pytest.param(8, {"feature_fusion": False, "dropout": 0.0, "precision": "bf16"}, 0.01, marks=pytest.mark.slow),
+        pytest.param(4, {"feature_fusion": False}, 0.01, marks=pytest.mark.slow),
         (2, {"optimizer": "adamw", "ema_decay": 0.9}, 0.01),
-        (1, {"optimizer": "adamw", "precision": "bf16"}, 0.01),
+        pytest.param(1, {"optimizer": "adamw", "precision": "bf16"}, 0.01, marks=pytest.mark.slow),
         (8, {"gradient_checkpointing": True, "precision": "bf16"}, 0.015),
-        (8, {"gradient_checkpointing": True}, 0.015),
-        (4, {"img_size": 384, "resize_size": 384, "depth": 4}, 0.01),
+        pytest.param(8, {"gradient_checkpointing": True}, 0.015, marks=pytest.mark.slow),
+        pytest.param(4, {"img_size": 384, "resize_size": 384, "depth": 4}, 0.01, marks=pytest.mark.slow),
         (1, {}, 0.04),  # the scratch of the patch embedding's backward, 5 MiB, shows
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else str(value),

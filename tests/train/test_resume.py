@@ -16,16 +16,25 @@ from ffvt.train.step import training_step
 from tests import faults
 from tests.helpers import flags, torchrun
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "fp32", "workers": 2},
-        {"precision": "bf16", "optimizer": "adamw", "learning_rate": 1e-3, "layer_decay": 0.8},
-        {"precision": "fp16", "loss_scale": 2.0**24, "ema_decay": 0.0},  # skips steps first
-        {"val_split": 0.1, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        pytest.param({"precision": "fp32", "workers": 2}, id="fp32"),
+        pytest.param(
+            {"precision": "bf16", "optimizer": "adamw", "learning_rate": 1e-3, "layer_decay": 0.8},
+            id="bf16",
+            marks=SLOW,
+        ),
+        pytest.param({"precision": "fp16", "loss_scale": 2.0**24, "ema_decay": 0.0}, id="fp16", marks=SLOW),  # skips
+        pytest.param(
+            {"val_split": 0.1, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+            id="val_split",
+            marks=SLOW,
+        ),
     ],
-    ids=["fp32", "bf16", "fp16", "val_split"],
 )
 def test_a_killed_run_ends_bitwise_as_the_uninterrupted_one(tmp_path, changes):
     assert faults.killed_and_resumed(tmp_path, 2, seed=1, **changes) == 2
@@ -143,6 +152,7 @@ def test_a_stop_before_an_evaluation_is_made_up_for(tmp_path, monkeypatch):
     assert scores[0] == scores[1]
 
 
+@SLOW
 def test_a_worker_killed_before_the_first_checkpoint_costs_nothing(tmp_path):
     """The restarted processes begin as they did, although an earlier run of the name is there."""
     train(faults.options(tmp_path, "disturbed", num_steps=1))
