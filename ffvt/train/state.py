@@ -79,7 +79,8 @@ class TrainState:
 
         All ranks must call it; what it gives is of use on the main one.
         """
-        tensors = {}
+        # First, as it shards the parameters again that an evaluation has put together (FSDP2).
+        model, tensors = get_model_state_dict(self.evaluated, options=WHOLE), {}
         if self.ema is not None:
             tensors |= {f"model/{name}": t for name, t in get_model_state_dict(self.model, options=WHOLE).items()}
         if self.optimizer.state:  # else PyTorch would make one, by a step
@@ -99,7 +100,7 @@ class TrainState:
             "best": self.best.summary() if self.best else None,
             "generators": generators,
         }
-        return get_model_state_dict(self.evaluated, options=WHOLE), tensors, plain
+        return model, tensors, plain
 
     def restore(self, model: dict[str, Tensor], tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Takes on a captured state. All ranks must call it.

@@ -13,10 +13,10 @@ from tests.helpers import SMALL, launch, values
 QUIET = {"dropout": 0.0, "ema_decay": 0.0, "num_steps": 8, "eval_every": 4, "resume": ""}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": "adamw", "learning_rate": 1e-3, "gradient_accumulation_steps": 2}]
-)
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(ADAMW, marks=pytest.mark.slow)], ids=["sgd", "adamw"])
 def test_a_sharded_run_trains_saves_and_resumes_as_one_process_does(changes, tmp_path):
     alone = train(faults.options(tmp_path, "alone", **{**QUIET, **changes}))
     sharded = faults.options(tmp_path, "sharded", **{**QUIET, **changes}, train_batch_size=4, fsdp=True, save_every=5)
