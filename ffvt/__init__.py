@@ -1,10 +1,12 @@
 """ffvt: Feature Fusion Vision Transformer (FFVT, BMVC 2021) with fused token-selecting attention.
 
-Importing this package does not import torch; the first use of a name below does.
+Importing this package does not import torch; the first use of a name below does. Where torch is there already, the
+operators are registered with it at once, as `torch.ops.ffvt`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -65,3 +67,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:  # who has imported it may call torch.ops.ffvt, or load a graph that does
+    import_module("ffvt.kernels.ops")
