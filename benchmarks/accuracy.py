@@ -21,7 +21,7 @@ import ffvt
 from benchmarks.harness import RESULTS, append_results, environment
 from benchmarks.oracle import explicit, rms, truth
 from benchmarks.tables import render_error_ratios
-from ffvt.precision import DTYPES
+from ffvt.precision import PRECISIONS, dtype_of
 
 SHAPES = ((2, 7, 3, 32), (1, 129, 2, 32), (1, 197, 3, 80), (1, 66, 2, 96), (2, 64, 1, 128), (1, 577, 2, 64))  # B N H D
 LARGE = ((8, 197, 12, 64), (8, 577, 12, 64), (8, 785, 12, 64), (4, 1025, 16, 80), (4, 785, 8, 128))
@@ -32,17 +32,17 @@ NUM_SELECT = 5
 def served_dtypes(backend: str, device: str) -> list[str]:
     """All dtypes; Triton's interpreter multiplies bf16 matrices wrongly."""
     interpreted = backend == "triton" and device == "cpu"
-    return [name for name in DTYPES if not (interpreted and name == "bf16")]
+    return [name for name in PRECISIONS if not (interpreted and name == "bf16")]
 
 
 def compare(shape: tuple[int, int, int, int], dtype: str, backend: str, device: str) -> dict[str, Any]:
     """The ratios of one shape, whether the unambiguous picks are equal, and how many images are ambiguous."""
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        (1.5 * torch.randn(shape, generator=generator)).to(device, DTYPES[dtype]).requires_grad_() for _ in range(3)
+        (1.5 * torch.randn(shape, generator=generator)).to(device, dtype_of(dtype)).requires_grad_() for _ in range(3)
     ]
     scale = shape[3] ** -0.5
-    grad_out = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
+    grad_out = torch.randn(shape, generator=generator).to(device, dtype_of(dtype))
     with ffvt.use_backend(backend):
         out, index, score = ffvt.maws_attention(*inputs, NUM_SELECT)
         grads = torch.autograd.grad(out, inputs, grad_out)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="triton", choices=("triton", "cpp", "torch"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="all that the backend serves")
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, help="all that the backend serves")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.jsonl")
     arguments = parser.parse_args(argv)
     backend, device = arguments.backend, arguments.device

@@ -47,7 +47,7 @@ from benchmarks.harness import (
 )
 from benchmarks.problem import Problem
 from benchmarks.tables import render_attention
-from ffvt.precision import DTYPES
+from ffvt.precision import PRECISIONS
 
 FORWARDS_OF = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # the work of a mode, in forwards
 MODES = tuple(FORWARDS_OF)
@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace) -> list[Record]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and appends the records."""
     parser = make_parser(__doc__, rounds=5, warmup=1)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[4, 1])
     parser.add_argument("--tokens", nargs="+", type=int, default=[197, 577, 785, 1025])
     parser.add_argument("--heads", type=int, default=12)

@@ -46,7 +46,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.model_rivals import FUSION, PLAIN, TIMM, backend_of, build_rival
 from benchmarks.tables import render_table
 from ffvt.model.config import make_config
-from ffvt.precision import DTYPES, autocast
+from ffvt.precision import PRECISIONS, autocast
 
 MODES = ("forward", "step")
 LEARNING_RATE = 1e-3
@@ -233,7 +233,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=448, help="pixels")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_select", type=int, default=12)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="bf16")
     parser.add_argument("--rivals", nargs="+", choices=(*FUSION, *PLAIN), default=(*FUSION, *PLAIN))
     parser.add_argument("--skip_memory", action="store_true", help="no second pass for peak memory")
     arguments = parser.parse_args(argv)

@@ -31,7 +31,7 @@ from benchmarks.harness import make_parser, require_close, require_equal, save, 
 from benchmarks.problem import Problem
 from benchmarks.tables import render
 from ffvt.kernels import backend_torch
-from ffvt.precision import DTYPES
+from ffvt.precision import PRECISIONS
 
 PYTORCH, COLREDUCE = "PyTorch operators", "flash-colreduce, columns alone"
 CALLS = {"cpu": 20, "cuda": 4}  # per sample: these operators are short
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and appends the records."""
     parser = make_parser(__doc__, rounds=20, warmup=2)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=785)
     parser.add_argument("--heads", type=int, default=12)

@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 
 from benchmarks.harness import Case, measure
-from ffvt.precision import DTYPES
+from ffvt.precision import dtype_of
 
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of the matrices
 ROUNDS, WARMUP = 5, 1
@@ -21,7 +21,7 @@ def matmul_peak(dtype: str, device: str, sides: tuple[int, ...] = ()) -> float:
     sides = sides or SIDES[device]
     cases = []
     for side in sides:
-        a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device).to(dtype_of(dtype)) for _ in range(2))
         cases.append(Case(str(side), partial(partial, torch.mm, a, b)))
     timings = measure(cases, ROUNDS, WARMUP, device)
     return max(2 * side**3 / min(timings[str(side)].samples) / 1e6 for side in sides)

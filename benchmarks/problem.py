@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ffvt.precision import DTYPES
+from ffvt.precision import dtype_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Problem:
         tokens: N.
         heads: H.
         head_dim: D.
-        dtype: a name of `ffvt.precision.DTYPES`.
+        dtype: a name of `ffvt.precision.PRECISIONS`.
         device: "cpu" or "cuda".
         num_select: K.
     """
@@ -51,4 +51,4 @@ class Problem:
         size = (self.batch, self.tokens, 3, self.heads, self.head_dim)
         qkv = 1.5 * torch.randn(size, generator=generator, device=self.device)
         grad_out = torch.randn(self.shape, generator=generator, device=self.device)
-        return qkv.to(DTYPES[self.dtype]), grad_out.to(DTYPES[self.dtype])
+        return qkv.to(dtype_of(self.dtype)), grad_out.to(dtype_of(self.dtype))

@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference or a spill")
     parser.add_argument("--quick", action="store_true", help="the same of few rows and those whose code changed")
-    parser.add_argument("--stale", action="store_true", help="compile nothing; exit 1 where code changed since the file")
+    parser.add_argument("--stale", action="store_true", help="compile nothing; exit 1 where code changed since")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--architectures", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))

@@ -6,7 +6,7 @@ Resize to 600, random crop of 448, flip, colour jitter 0.4; 12 tokens of each la
 epochs.
 DIR holds CUB_200_2011/ (images/, images.txt, image_class_labels.txt, train_test_split.txt);
 `ffvt doctor --dataset CUB --data_root DIR` checks it. ViT-B_16.npz is Google's, pretrained on ImageNet-21k.
-Any flag of `python -m ffvt.train` may follow, and replaces the recipe's.
+Any flag of `ffvt train` may follow, and overrides the recipe's. `ffvt train --recipe cub` does the same.
 
 Hardware: the authors used 4 GPUs with 8 images each. Time: not yet measured on a GPU.
 Accuracy: 91.6 % reported in the paper (Wang, Yu, Gao; BMVC 2021; arXiv 2107.02341). Not reproduced here.
@@ -14,12 +14,7 @@ Accuracy: 91.6 % reported in the paper (Wang, Yu, Gao; BMVC 2021; arXiv 2107.023
 
 import sys
 
-from ffvt.train.__main__ import main
-
-FLAGS = """
---name cub --dataset CUB --model_type ViT-B_16 --img_size 448 --resize_size 600 --train_batch_size 8
---learning_rate 0.02 --num_steps 10000 --fp16 --eval_every 200 --feature_fusion --cache_dir cache
-"""
+from ffvt.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main([*FLAGS.split(), *sys.argv[1:]], prog="recipes/cub.py"))
+    sys.exit(main(["train", "--recipe", "cub", *sys.argv[1:]]))

@@ -5,7 +5,7 @@
 Resize to 500, random crop of 384, flip; 12 tokens of each layer, 133 in the last block; about 250 epochs.
 DIR holds anno/train.txt, anno/test.txt (lines of image and class, from 1) and images/;
 `ffvt doctor --dataset soyloc --data_root DIR` checks it. ViT-B_16.npz is Google's, pretrained on ImageNet-21k.
-Any flag of `python -m ffvt.train` may follow, and replaces the recipe's.
+Any flag of `ffvt train` may follow, and overrides the recipe's. `ffvt train --recipe soyloc` does the same.
 
 Hardware: the authors used 4 GPUs with 8 images each. Time: not yet measured on a GPU.
 Accuracy: no figure could be verified.
@@ -13,12 +13,7 @@ Accuracy: no figure could be verified.
 
 import sys
 
-from ffvt.train.__main__ import main
-
-FLAGS = """
---name soyloc --dataset soyloc --model_type ViT-B_16 --img_size 384 --resize_size 500 --train_batch_size 8
---learning_rate 0.02 --num_steps 4750 --fp16 --eval_every 50 --feature_fusion --cache_dir cache
-"""
+from ffvt.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main([*FLAGS.split(), *sys.argv[1:]], prog="recipes/soyloc.py"))
+    sys.exit(main(["train", "--recipe", "soyloc", *sys.argv[1:]]))

@@ -8,17 +8,15 @@ Every campaign compares bytes: a run that was killed and resumed must end with t
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,16 @@ from benchmarks.harness import append_results, environment
 from ffvt.train.checkpoint import FILES, checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
+from ffvt.train.runlog import LOG_FILE, read_log
+from tests.helpers import SMALL, flags, torchrun, values
 from tests.hostile import HOSTILE, refused
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ffvt.train.engine"])  # a new process starts with PyTorch imported
 
 STEPS = 24
-OPTIONS = dict(dataset="partbirds", preset="easy", img_size=64, resize_size=64, model_type="vit_s16", patch_size=16)
-OPTIONS |= dict(embed_dim=64, depth=3, num_heads=2, mlp_dim=64, num_token=3, feature_fusion=True, dropout=0.1)
-OPTIONS |= dict(train_batch_size=8, eval_batch_size=100, num_steps=STEPS, warmup_steps=4, eval_every=10, save_every=4)
-OPTIONS |= dict(log_every=1, workers=0, device="cpu", ema_decay=0.9, resume="auto")
+OPTIONS = {**SMALL, "dropout": 0.1, "ema_decay": 0.9, "num_steps": STEPS, "warmup_steps": 4}
+OPTIONS |= {"eval_every": 10, "save_every": 4, "resume": "auto"}
 TIMEOUT = 300  # seconds until something that is waited for will not come any more
 
 
@@ -47,19 +45,10 @@ def options(folder: Path, name: str, **changes: Any) -> TrainOptions:
     return TrainOptions(**{**OPTIONS, **changes, "output_dir": str(folder), "name": name})
 
 
-def flags(run: TrainOptions | Mapping[str, Any]) -> list[str]:
-    """The command-line flags that make these options, or options of these values."""
-    if isinstance(run, TrainOptions):
-        run = {name: value for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)}
-    pairs = run.items()
-    return [part for name, value in pairs for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
-
-
 def last_step(run: TrainOptions) -> int:
     """The last step in a run's log, 0 without any."""
-    log = Path(run.output_dir) / run.name / "log.jsonl"
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    steps = [json.loads(line)["step"] for line in lines if '"kind": "train"' in line]
+    folder = Path(run.output_dir) / run.name
+    steps = values(folder, key="step") if (folder / LOG_FILE).exists() else []
     return steps[-1] if steps else 0
 
 
@@ -178,18 +167,12 @@ def worker_killed_under_torchrun(folder: Path, at_step: int = 12, **changes: Any
             os.kill(children(process.pid)[1], signal.SIGKILL)
         if process.wait(TIMEOUT):
             return False
-        lines = [json.loads(line) for line in (folder / run.name / "log.jsonl").read_text().splitlines()]
+        lines = read_log(folder / run.name)
         starts = [line["kind"] for line in lines].count("run")  # of those that the log still has
         resumed = [line["step"] for line in lines if line["kind"] == "resume"]
         ends.append((end_of(folder / run.name), lines[-1]["last"]["loss"], starts, bool(resumed)))
     has_checkpoint = at_step >= changes["save_every"]
     return ends[0][:2] == ends[1][:2] and ends[1][2:] == ((2, True) if has_checkpoint else (1, False))
-
-
-def torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
-    """A command line that trains on several processes of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *more]
-    return [*launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "ffvt.train", *arguments]
 
 
 def children(pid: int) -> list[int]:

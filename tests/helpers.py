@@ -1,8 +1,12 @@
-"""Shared by the tests: inputs, the fp64 truth with its error, and the authors' golden vectors."""
+"""Shared by the tests: inputs, the fp64 truth with its error, the authors' golden vectors, and small training runs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +15,8 @@ from torch import Tensor
 
 import ffvt
 from benchmarks.oracle import explicit, rms, truth
+from ffvt.train.options import TrainOptions
+from ffvt.train.runlog import read_log
 
 __all__ = ["explicit", "golden", "heads", "relative_error", "rms", "skip_unserved", "tiny_model", "truth", "worst"]
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,11 +30,23 @@ SHAPES = {  # B, N, H, D
     "real": (1, 577, 2, 64),
 }
 
-# A run of six steps on the CPU.
-SMALL = dict(dataset="partbirds", preset="easy", img_size=64, resize_size=64, patch_size=16, embed_dim=32, depth=3)
-SMALL |= dict(num_heads=2, mlp_dim=32, num_token=3, feature_fusion=True, dropout=0.0, workers=0, model_type="vit_s16")
-SMALL |= dict(
-    train_batch_size=8, eval_batch_size=50, num_steps=6, warmup_steps=2, eval_every=4, log_every=1, device="cpu"
+NARROW = dict(embed_dim=32, depth=3, num_heads=2, mlp_dim=32, device="cpu", workers=0)  # a model that trains at once
+SMALL = NARROW | dict(  # options of a run of six steps
+    dataset="partbirds",
+    preset="easy",
+    model_type="vit_s16",
+    img_size=64,
+    resize_size=64,
+    patch_size=16,
+    num_token=3,
+    feature_fusion=True,
+    dropout=0.0,
+    train_batch_size=8,
+    eval_batch_size=50,
+    num_steps=6,
+    warmup_steps=2,
+    eval_every=4,
+    log_every=1,
 )
 AUTHORS_COMMANDS = {
     "cotton": "--name N --dataset cotton --model_type ViT-B_16 --pretrained_dir P --img_size 384 --resize_size 500 "
@@ -41,6 +59,31 @@ AUTHORS_COMMANDS = {
     "--train_batch_size 4 --learning_rate 3e-3 --num_steps 30000 --fp16 --eval_every 300 --feature_fusion "
     "--decay_type linear --num_token 24",
 }
+
+
+def flags(run: TrainOptions | Mapping[str, Any]) -> list[str]:
+    """The command-line flags that make these options, or options of these values."""
+    if isinstance(run, TrainOptions):
+        run = {name: value for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)}
+    pairs = run.items()
+    return [part for name, value in pairs for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
+    """A command line that trains on several processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *more]
+    return [*launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "ffvt.train", *arguments]
+
+
+def launch(run: TrainOptions | Mapping[str, Any], folder: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    """Trains on several processes, to the end."""
+    command = torchrun(processes, flags(run))
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+
+
+def values(folder: Path, kind: str = "train", key: str = "loss") -> list[Any]:
+    """What the lines of one kind in a run's log have for a key, where they have it."""
+    return [line[key] for line in read_log(folder) if line["kind"] == kind and key in line]
 
 
 def skip_unserved(backend: str, dtype: torch.dtype) -> None:

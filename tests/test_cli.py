@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ffvt.__main__ import main
+from ffvt.cli import main
 from ffvt.data.transforms import center_crop, load_image, normalize
 from ffvt.train.checkpoint import load_checkpoint
-from tests.faults import flags
-from tests.helpers import SMALL
+from ffvt.version import __version__
+from tests.helpers import SMALL, flags
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,37 @@ def test_info_is_json_and_says_what_serves():
     assert info["devices"]["cpu"]["serves"] == "torch" or info["backends"]["cpp"] == "available"
 
 
-def test_every_command_has_help(capsys):
-    for command in ("demo", "train", "evaluate", "predict", "visualize", "plot", "plan", "doctor", "info"):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0
-        assert "usage: ffvt" in capsys.readouterr().out
+COMMANDS = ("demo", "train", "evaluate", "predict", "visualize", "plot", "plan", "doctor", "info")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: ffvt {command}" in capsys.readouterr().out
+
+
+def test_help_and_version_import_no_torch():
+    code = f"""if True:
+        import sys
+        from ffvt.cli import main
+        for arguments in (["--help"], ["--version"], *([command, "--help"] for command in {COMMANDS})):
+            try:
+                main(arguments)
+            except SystemExit as stop:
+                assert stop.code == 0
+        heavy = {{"torch", "torchvision", "numpy", "PIL", "matplotlib", "scipy"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert f"ffvt {__version__}" in shown.stdout
+
+
+def test_the_module_trains_as_the_command_does(tmp_path):
+    arguments = flags({**SMALL, "num_steps": 1, "output_dir": tmp_path, "name": "run"})
+    command = [sys.executable, "-m", "ffvt.train", *arguments]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("last: top-1")
+    assert (tmp_path / "run" / "last").is_dir()

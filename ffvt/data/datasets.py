@@ -13,13 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ffvt.data.cache import open_cached
-from ffvt.data.layouts import LAYOUTS, Listing, find_layout, read_cifar, read_listing
+from ffvt.data.layouts import CIFAR, Listing, canonical_name, read_cifar, read_listing
 from ffvt.data.partbirds import PRESETS as PARTBIRDS_PRESETS
 from ffvt.data.partbirds import PartBirds
 from ffvt.data.transforms import PLAIN, RECIPES, Recipe, load_image
-
-DATASETS = (*LAYOUTS, "partbirds")
-CIFAR = ("cifar10", "cifar100")
 
 
 class ImageSet(Protocol):
@@ -121,15 +118,6 @@ def describe(images: ImageSet, index: int) -> str:
 def recipe_of(dataset: str) -> Recipe:
     """The transforms that a data set is trained with."""
     return RECIPES.get(canonical_name(dataset), PLAIN)
-
-
-def canonical_name(dataset: str) -> str:
-    """The name that a data set goes by here, whatever spelling was given: "dogs" -> "dog".
-
-    Raises:
-        ValueError: no such data set; the message names those that there are.
-    """
-    return "partbirds" if dataset.lower() == "partbirds" else find_layout(dataset).name
 
 
 def open_split(

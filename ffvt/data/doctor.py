@@ -15,8 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ffvt.data.archives import extract_archive
-from ffvt.data.datasets import CIFAR, canonical_name
-from ffvt.data.layouts import LAYOUTS, Layout, Listing, find_root, read_cifar, read_listing
+from ffvt.data.layouts import CIFAR, LAYOUTS, Layout, Listing, canonical_name, find_root, read_cifar, read_listing
 from ffvt.data.transforms import load_image
 from ffvt.files import file_digest
 

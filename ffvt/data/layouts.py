@@ -8,13 +8,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ffvt.data import layout_readers as readers
 from ffvt.data.layout_readers import ListError, Listing
 
-__all__ = ["LAYOUTS", "Layout", "Listing", "find_layout", "find_root", "read_cifar", "read_listing"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "CIFAR",
+    "DATASETS",
+    "LAYOUTS",
+    "Layout",
+    "Listing",
+    "canonical_name",
+    "find_layout",
+    "find_root",
+    "read_cifar",
+    "read_listing",
+]
 NAMED = 3  # files or classes that an error names before it only counts
 
 
@@ -123,6 +136,17 @@ LAYOUTS = {
         Layout("csv", readers.read_csv, ""),
     )
 }
+CIFAR = ("cifar10", "cifar100")
+DATASETS = (*LAYOUTS, "partbirds")
+
+
+def canonical_name(dataset: str) -> str:
+    """The name that a data set goes by here, whatever spelling was given: "dogs" -> "dog".
+
+    Raises:
+        ValueError: no such data set; the message names those that there are.
+    """
+    return "partbirds" if dataset.lower() == "partbirds" else find_layout(dataset).name
 
 
 def find_layout(name: str) -> Layout:
@@ -134,7 +158,7 @@ def find_layout(name: str) -> Layout:
     for layout in LAYOUTS.values():
         if name.lower() in (known.lower() for known in (layout.name, *layout.aliases)):
             return layout
-    raise ValueError(f"dataset must be one of {', '.join([*LAYOUTS, 'partbirds'])}; got dataset={name!r}")
+    raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got dataset={name!r}")
 
 
 def find_root(layout: Layout, data_root: str | Path) -> Path:

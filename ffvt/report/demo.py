@@ -15,40 +15,13 @@ from ffvt.report.page import Page
 from ffvt.report.pictures import hit_rate_bars, selection_grid, training_curve
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
-from ffvt.train.options import TrainOptions
+from ffvt.train.options import TrainOptions, parse_training_flags
 from ffvt.train.runlog import read_log
 
 SHOWN = 8  # test birds in the report
 
 # A small FFVT that a laptop's CPU trains in about a minute and a half: 8-pixel patches, 64 of them and the class token.
-RECIPE = TrainOptions(
-    name="demo",
-    dataset="partbirds",
-    preset="default",
-    model_type="vit_s16",
-    img_size=64,
-    resize_size=64,
-    patch_size=8,
-    embed_dim=96,
-    depth=4,
-    num_heads=4,
-    mlp_dim=192,
-    dropout=0.0,
-    feature_fusion=True,
-    num_token=4,
-    first_candidate=1,
-    optimizer="adamw",
-    learning_rate=1e-3,
-    weight_decay=0.05,
-    train_batch_size=48,
-    eval_batch_size=100,
-    num_steps=900,
-    warmup_steps=100,
-    eval_every=150,
-    log_every=20,
-    workers=0,
-    seed=0,
-)
+RECIPE = parse_training_flags(["--recipe", "partbirds", "--name", "demo"])
 
 
 @dataclass(frozen=True)

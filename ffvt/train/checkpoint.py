@@ -1,4 +1,4 @@
-"""Checkpoints: folders `step-<number>` that hold a model and all that is needed to go on exactly from it.
+"""Checkpoints: folders `step-<number>` that hold a model and all that is needed to resume exactly from it.
 
     model.safetensors, config.json   the model as it is evaluated; what `FFVT.from_pretrained` reads
     training.json                    facts for people and tools: classes, options, step, score
@@ -128,7 +128,7 @@ def newest_whole(run: Path) -> Path | None:
     return None
 
 
-def go_on_from(checkpoint: Path, best_step: int) -> bool:
+def resume_at(checkpoint: Path, best_step: int) -> bool:
     """Makes a checkpoint the last one of its run; whether the run still has the best one, of step `best_step`.
 
     Those of later steps are renamed, so that they do not count among the newest: damaged-... or superseded-...

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ffvt.model.layers import Block
@@ -72,24 +71,31 @@ class World:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What `function` returns, or raises, on the main rank, on every rank."""
-        value = error = None
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
-                value = function()
-            except Exception as caught:
-                error = caught
-        value, error = self.gather((value, error))[0]
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        value, error = outcome
         if error is not None:
-            error.told_by_main = True
+            error.raised_on_main = True
             raise error
         return value
 
 
 @contextmanager
-def join_world(device: str = "auto") -> Iterator[World]:
+def join_world(device: str = "auto", shard: bool = False) -> Iterator[World]:
     """Joins the process group that torchrun's environment describes, and leaves it at the end.
 
-    device: "auto" (a GPU if there is one), "cpu" (gloo) or "cuda" (nccl, and gloo for what is on the CPU).
+    Args:
+        device: "auto" (a GPU if there is one), "cpu" (gloo) or "cuda" (nccl, and gloo for what is on the CPU).
+        shard: whether models will be sharded, which takes a process group, if only of one process.
+
+    Raises:
+        ValueError: the device is not there, or `shard` without torchrun.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -99,6 +105,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     is_launched = "WORLD_SIZE" in os.environ  # also by a torchrun of one process, which sharding needs
+    if shard and not is_launched:
+        raise ValueError("train: fsdp needs torchrun, with one process or more; got fsdp=True without it")
     if is_launched:
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(), rank=rank, world_size=size)
@@ -135,17 +143,3 @@ def gradients_stay_local(model: nn.Module) -> Iterator[None]:
         return
     with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
         yield
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor put together from its shards on all ranks (a collective call), or itself; detached, on the CPU."""
-    value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-
-
-def like_shards_of(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor cut as `parameter` is, where that is sharded (a collective call), on its device."""
-    if not isinstance(parameter, DTensor):
-        return value
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

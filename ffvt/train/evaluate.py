@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from ffvt.data.transforms import normalize
 from ffvt.model.ffvt import FFVT
 from ffvt.precision import autocast
 from ffvt.train.distributed import World
+from ffvt.train.signals import ignore_sigterm
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,6 @@ class Score:
             "selection": SelectionStatistics(**selection) if selection else None,
         }
         return cls(**{**summary, **changed})
-
-
-def ignore_sigterm(_worker: int) -> None:
-    """A scheduler may send SIGTERM to loading processes too; they live as long as the rank that they serve."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @torch.no_grad()

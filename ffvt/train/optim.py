@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-OPTIMIZERS = ("sgd", "adamw")
-DECAYS = ("cosine", "linear")
+from ffvt.errors import require
+from ffvt.train.options import DECAYS, OPTIMIZERS
 
 
 def make_optimizer(
@@ -20,8 +20,7 @@ def make_optimizer(
 
     layer_decay: the learning rate of each block is that of the block above it times this, the head's is the full one.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got optimizer={name!r}")
+    require(name in OPTIMIZERS, "make_optimizer", "optimizer", f"one of {', '.join(OPTIMIZERS)}", name)
     if name == "sgd":
         groups = _groups(model, learning_rate, weight_decay, weight_decay, layer_decay)
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
@@ -58,8 +57,7 @@ def make_scheduler(
     Stepped after the optimiser, as the authors do: the first update is made at learning rate 0. `done`: how many steps
     it has made already, in a run that is resumed.
     """
-    if decay not in DECAYS:
-        raise ValueError(f"decay_type must be one of {', '.join(DECAYS)}; got decay_type={decay!r}")
+    require(decay in DECAYS, "make_scheduler", "decay_type", f"one of {', '.join(DECAYS)}", decay)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

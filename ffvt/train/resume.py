@@ -1,8 +1,7 @@
-"""Where a run starts: at a checkpoint, or anew in a folder made ready for it."""
+"""Where a run starts: at a checkpoint, or anew. Nothing here changes a file."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -11,64 +10,35 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ffvt.files import set_aside
-from ffvt.train.checkpoint import (
-    FACTS_FILE,
-    STATE_FILE,
-    SUMS_FILE,
-    checkpoints,
-    discard_run,
-    go_on_from,
-    newest_whole,
-    verify_checkpoint,
-)
+from ffvt.train.checkpoint import FACTS_FILE, STATE_FILE, SUMS_FILE, newest_whole, verify_checkpoint
 from ffvt.train.options import TrainOptions
-from ffvt.train.runlog import LOG_FILE
 
 log = logging.getLogger("ffvt")
 
 LAUNCH_FILE = ".launch"  # in a run's folder: which torchrun began it
-FREE_OPTIONS = ("name", "output_dir", "resume", "overwrite")  # may change without a word when a run goes on
+FREE_OPTIONS = ("name", "output_dir", "resume", "overwrite")  # may change without a word when a run is resumed
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: at a checkpoint, or None. goes_on: that is one of the run's own. is_restart: torchrun started
-    the processes again after one of them died."""
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: the checkpoint, or None.
+        is_own: whether that is one of the run's own.
+        is_restart: whether torchrun started the processes again after one of them died.
+    """
 
     checkpoint: Path | None
-    goes_on: bool
+    is_own: bool
     is_restart: bool
 
 
-class RunLock:
-    """Keeps two processes from writing one run: held from `acquire` until `release`, or the process ends."""
-
-    def __init__(self, run: Path) -> None:
-        self.path = run.with_name(f".{run.name}.lock")
-        self.file: Any = None
-
-    def acquire(self) -> None:
-        """Raises ValueError where another process has it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not passed on to loading processes
-        except OSError as error:
-            self.file = self.file.close()
-            raise ValueError(f"train: {self.path} must be free; another process writes this run") from error
-
-    def release(self) -> None:
-        if self.file is not None:
-            self.file = self.file.close()
-
-
 def find_start(options: TrainOptions, run: Path) -> Start:
-    """Finds where to start, and changes nothing.
+    """Finds where to start.
 
-    Processes that torchrun started again go on from what the run has; if that is nothing yet, they begin as they did.
+    Processes that torchrun started again resume from what the run has; if that is nothing yet, they begin as they did.
 
     Raises:
         ValueError: `resume` leads to no checkpoint, or to damaged ones only.
@@ -90,6 +60,15 @@ def find_start(options: TrainOptions, run: Path) -> Start:
     if not is_own and Path(os.path.realpath(run)) in checkpoint.parents:
         raise ValueError(f"train: name must not be that of the run in which resume={options.resume!r} lies")
     return Start(run / checkpoint.name if is_own else checkpoint, is_own, is_restart)
+
+
+def _checkpoint_in(folder: Path) -> Path | None:
+    """The folder itself where it is a checkpoint (which must be whole), else the newest whole one of the run in it."""
+    folder = Path(os.path.realpath(folder))
+    if (folder / SUMS_FILE).exists():
+        verify_checkpoint(folder)
+        return folder
+    return newest_whole(folder)
 
 
 def launch_token() -> str | None:
@@ -119,38 +98,5 @@ def check_fit(checkpoint: Path, options: TrainOptions, classes: Sequence[str]) -
     before, now = facts["options"], options.to_dict()
     changed = [name for name in now if name not in FREE_OPTIONS and before.get(name) != now[name]]
     if changed:
-        told = "; ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed)
-        log.warning("resuming with other options than the checkpoint's: %s", told)
-
-
-def prepare(options: TrainOptions, run: Path, start: Start, best_step: int) -> bool:
-    """Makes the folder ready; whether the best checkpoint, of step `best_step`, is in it.
-
-    An earlier run in it is kept as <name>.1, <name>.2, ..., unless it goes on or is to be overwritten.
-    """
-    if start.goes_on:
-        has_best = go_on_from(start.checkpoint, best_step)
-    else:
-        has_best = False  # if there was a best one, then in another run's folder
-        _begin_anew(options, run, start)
-    launch = launch_token()
-    if launch is not None:
-        (run / LAUNCH_FILE).write_text(launch)
-    return has_best
-
-
-def _begin_anew(options: TrainOptions, run: Path, start: Start) -> None:
-    if options.overwrite or start.is_restart:
-        discard_run(run)
-    elif (run / LOG_FILE).exists() or checkpoints(run):
-        log.warning("the earlier run %s is kept as %s", run, set_aside(run, run.name))
-    run.mkdir(parents=True, exist_ok=True)
-
-
-def _checkpoint_in(folder: Path) -> Path | None:
-    """The folder itself where it is a checkpoint (which must be whole), else the newest whole one of the run in it."""
-    folder = Path(os.path.realpath(folder))
-    if (folder / SUMS_FILE).exists():
-        verify_checkpoint(folder)
-        return folder
-    return newest_whole(folder)
+        changes = "; ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed)
+        log.warning("resuming with other options than the checkpoint's: %s", changes)

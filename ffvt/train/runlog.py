@@ -1,4 +1,4 @@
-"""What a run tells while it runs: log.jsonl always, a bar on a terminal, TensorBoard where asked for."""
+"""What a run reports while it runs: log.jsonl always, a bar on a terminal, TensorBoard where asked for."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunLog:
 
     Args:
         folder: of the run; made if missing.
-        name, num_steps: for the bar.
-        goes_on: append to the log there is, after the step `start`; else it starts anew.
+        name, num_steps, start: the run, its steps and the step it starts after, for the bar.
+        append: append to the log there is; else it starts anew.
         enabled: False on all ranks but the main one: nothing is written.
         tensorboard: write TensorBoard's event files too.
 
@@ -35,15 +35,15 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, name: str, num_steps: int, start: int, goes_on: bool, enabled: bool, tensorboard: bool
+        self, folder: Path, name: str, num_steps: int, start: int, append: bool, enabled: bool, tensorboard: bool
     ) -> None:
         self.file = self.board = None
         self.failed = False
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            if goes_on:
+            if append:
                 _drop_unfinished_line(folder / LOG_FILE)
-            self.file = (folder / LOG_FILE).open("a" if goes_on else "w")
+            self.file = (folder / LOG_FILE).open("a" if append else "w")
             self.board = _summary_writer(folder) if tensorboard else None
         shown = enabled and sys.stderr.isatty()
         self.progress = tqdm(total=num_steps, initial=start, desc=name, disable=not shown)
@@ -59,7 +59,7 @@ class RunLog:
                 _add_scalars(self.board, kind, values, values["step"])
         except OSError as error:
             if not self.failed:
-                log.warning("the log cannot be written, training goes on without it: %s", error)
+                log.warning("the log cannot be written, training continues without it: %s", error)
             self.failed = True
 
     def advance(self) -> None:
@@ -153,5 +153,5 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def _is_superseded(line: dict[str, Any], resumed_at: int) -> bool:
-    """Whether a run that went on from a step makes this earlier line again; an end is one no more in any case."""
+    """Whether a run that resumed at a step makes this earlier line again; an end is one no more in any case."""
     return line["kind"] in ENDS or (isinstance(line.get("step"), int) and line["step"] > resumed_at)

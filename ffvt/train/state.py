@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import logging
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ffvt.errors import require
 from ffvt.model.ffvt import FFVT, create_model
 from ffvt.model.weights import load_weights
-from ffvt.train.distributed import World, like_shards_of, whole
+from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
+from ffvt.train.generators import generator_states, seed_everything, set_generators
 from ffvt.train.optim import make_optimizer, make_scheduler
 from ffvt.train.options import TrainOptions
 
 log = logging.getLogger("ffvt")
 
 DEFAULT_LOSS_SCALE = 2.0**16
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # shards put together, on the main rank
+OPTIMIZER_STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+COUNTERS = ("step", "samples", "skipped", "skipped_in_a_row", "best_step", "evaluated_step")
 
 
 class TrainState:
     """A run's state, new or taken from a checkpoint by `restore`.
 
-    model: the model; parallel: what trains it, on all ranks; evaluated: what is evaluated and saved as the model, the
-    moving average of the weights where there is one. step: steps done, skipped ones included; samples: images drawn, of
-    all ranks together. last, best: scores of the last and the best evaluation, made at evaluated_step and best_step.
+    Attributes:
+        model: the model.
+        parallel: what trains it, on all ranks.
+        evaluated: what is evaluated and saved as the model: the moving average of the weights where there is one.
+        step: steps done, skipped ones included.
+        samples: images drawn, of all ranks together.
+        last, best: scores of the last and the best evaluation, made at evaluated_step and best_step.
     """
 
     def __init__(self, options: TrainOptions, world: World, num_classes: int) -> None:
@@ -48,7 +62,6 @@ class TrainState:
         self.meter = Meter(world.device)
         self.step = self.samples = self.skipped = self.skipped_in_a_row = 0
         self.best_step = self.evaluated_step = 0
-        self.pixels: Tensor | None = None  # of the batch at hand
         self.last: Score | None = None
         self.best: Score | None = None
         seed_everything(options.seed + world.rank)  # the weights are the same on every rank, the dropout masks are not
@@ -66,42 +79,28 @@ class TrainState:
 
         All ranks must call it; what it gives is of use on the main one.
         """
-        model, tensors = {}, {}
-        if self.world.is_main or self.options.fsdp:  # shards are put together on all ranks
-            model = {name: whole(value) for name, value in self.evaluated.state_dict().items()}
-            tensors = self._other_tensors()
+        # First, as it shards the parameters again that an evaluation has put together (FSDP2).
+        model, tensors = get_model_state_dict(self.evaluated, options=WHOLE), {}
+        if self.ema is not None:
+            tensors |= {f"model/{name}": t for name, t in get_model_state_dict(self.model, options=WHOLE).items()}
+        if self.optimizer.state:  # else PyTorch would make one, by a step
+            found = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE).get("state", {})
+            tensors |= {f"optimizer/{name}/{kind}": t for name, kinds in found.items() for kind, t in kinds.items()}
         generators = []
-        for rank, (plain, states) in enumerate(self.world.gather(_generator_states(self.world.device))):
+        for rank, (plain, states) in enumerate(self.world.gather(generator_states(self.world.device))):
             generators.append(plain)
-            tensors |= {f"generator/{rank}/{kind}": value for kind, value in states.items()}
-        plain = {
-            "step": self.step,
-            "samples": self.samples,
+            tensors |= {f"generator/{rank}/{kind}": state for kind, state in states.items()}
+        plain = {name: getattr(self, name) for name in COUNTERS} | {
             "world_size": self.world.size,
             "schedule_steps": self.scheduler.last_epoch,
             "scaler": self.scaler.state_dict(),
             "averaged_steps": int(self.ema.n_averaged) if self.ema is not None else 0,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
             "meter": self.world.sum(self.meter.sums.clone()).tolist(),
             "last": self.last.summary() if self.last else None,
             "best": self.best.summary() if self.best else None,
-            "best_step": self.best_step,
-            "evaluated_step": self.evaluated_step,
             "generators": generators,
         }
         return model, tensors, plain
-
-    def _other_tensors(self) -> dict[str, Tensor]:
-        """The trained model, where another one is evaluated, and the optimiser's state, by their parameters' names."""
-        tensors = {}
-        if self.ema is not None:
-            tensors |= {f"model/{name}": whole(value) for name, value in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"optimizer/{name}/{key}"] = whole(value)
-        return tensors
 
     def restore(self, model: dict[str, Tensor], tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Takes on a captured state. All ranks must call it.
@@ -109,75 +108,70 @@ class TrainState:
         Raises:
             ValueError: it is of another model, or of another kind of optimiser.
         """
-        _fill(self.model, _part(tensors, "model") or model)
+        _check_fit(self.model, model)
+        self._restore_optimizer(_part(tensors, "optimizer"))  # before the weights: it makes a step at rate 0
+        set_model_state_dict(self.model, _part(tensors, "model") or model, options=WHOLE)
         if self.ema is not None:
-            _fill(self.ema.module, model)
+            set_model_state_dict(self.ema.module, model, options=WHOLE)
             self.ema.n_averaged.fill_(plain["averaged_steps"])
-        self._restore_optimizer(_part(tensors, "optimizer"))
         self.scheduler = self._make_scheduler(plain["schedule_steps"])
         if self.scaler.is_enabled() and plain["scaler"]:
             self.scaler.load_state_dict(plain["scaler"])
-        for name in ("step", "samples", "skipped", "skipped_in_a_row", "best_step", "evaluated_step"):
+        for name in COUNTERS:
             setattr(self, name, plain[name])
         if self.world.is_main:  # the sums of all ranks are in one place
             self.meter.sums.copy_(torch.tensor(plain["meter"], dtype=torch.float64))
         self.last, self.best = (Score.from_summary(plain[name]) if plain[name] else None for name in ("last", "best"))
-        if plain["world_size"] == self.world.size:
-            rank = self.world.rank
-            _set_generators(plain["generators"][rank], _part(tensors, f"generator/{rank}"), self.world.device)
-        else:
-            log.log(
-                logging.WARNING if self.world.is_main else logging.INFO,
-                "resuming on %d processes a run of %d: the images come in the same order, dropout masks differ",
-                self.world.size,
-                plain["world_size"],
-            )
-            seed_everything(self.options.seed + self.world.rank + 1000003 * self.step)
+        self._restore_generators(plain, tensors)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
-        known = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}[self.options.optimizer]
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        state: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, kind = key.rpartition("/")
-            parameter = parameters[name]
-            if kind not in known:
-                raise ValueError(
-                    f"resume: the optimiser must be the checkpoint's; got optimizer={self.options.optimizer!r}"
-                )
-            fits = value.shape == parameter.shape
-            self.optimizer.state[parameter][kind] = (
-                like_shards_of(parameter, value).to(parameter.device, copy=True) if fits else value
-            )
+            fits = kind in OPTIMIZER_STATE[self.options.optimizer]
+            require(fits, "resume", "optimizer", "the checkpoint's", self.options.optimizer)
+            state.setdefault(name, {})[kind] = value
+        if state:
+            groups = [{**group, "params": [names[p] for p in group["params"]]} for group in self.optimizer.param_groups]
+            whole = {"state": state, "param_groups": groups}
+            set_optimizer_state_dict(self.model, self.optimizer, whole, options=WHOLE)
+
+    def _restore_generators(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        rank, size, device = self.world.rank, self.world.size, self.world.device
+        if plain["world_size"] == size:
+            set_generators(plain["generators"][rank], _part(tensors, f"generator/{rank}"), device)
+            return
+        log.log(
+            logging.WARNING if self.world.is_main else logging.INFO,
+            "resuming on %d processes a run of %d: the images come in the same order, dropout masks differ",
+            size,
+            plain["world_size"],
+        )
+        seed_everything(self.options.seed + rank + 1000003 * self.step)
 
 
 class Meter:
-    """Sums since the last line of the log, on the device: loss, images right, images, gradient norm, steps."""
+    """Sums since the last line of the log, on the device: loss, images correct, images, gradient norm, steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, right: Tensor, images: int, norm: Tensor) -> None:
-        """One step of this rank: its mean loss, how many of its images were right, the norm of the mean gradient."""
+    def add(self, loss: Tensor, correct: Tensor, images: int, norm: Tensor) -> None:
+        """One step of this rank: its mean loss, how many of its images were correct, the norm of the mean gradient."""
         counts = torch.tensor([images, 1.0], dtype=torch.float64, device=loss.device)
-        self.sums += torch.stack([loss.double(), right.double(), counts[0], norm.double(), counts[1]])
+        self.sums += torch.stack([loss.double(), correct.double(), counts[0], norm.double(), counts[1]])
 
     def take(self, world: World) -> tuple[float, float, float]:
-        """Mean loss, share right and mean gradient norm over all ranks; starts anew."""
-        loss, right, images, norm, steps = world.sum(self.sums.clone()).tolist()
+        """Mean loss, fraction correct and mean gradient norm over all ranks; starts anew."""
+        loss, correct, images, norm, steps = world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
-        return loss / steps, right / images, norm / steps
+        return loss / steps, correct / images, norm / steps
 
 
 def build_model(options: TrainOptions, num_classes: int) -> FFVT:
     """The model that `options` describe, with its starting weights."""
-    model = create_model(
-        options.model_type,
-        image_size=options.img_size,
-        num_classes=num_classes,
-        num_select=options.num_token,
-        feature_fusion=options.feature_fusion,
-        **options.model_overrides,
-    )
+    model = create_model(options.model_type, **options.model_fields(num_classes))
     if options.pretrained_dir:
         log.info("%s", load_weights(model, options.pretrained_dir, last_block=options.last_block))
     return model
@@ -189,47 +183,13 @@ def make_scaler(options: TrainOptions, world: World) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(world.device.type, init_scale=first, enabled=options.autocast_precision == "fp16")
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _generator_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """States of Python's and NumPy's generators in plain types, and of PyTorch's as tensors."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    plain = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
-    }
-    tensors = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return plain, tensors
-
-
-def _set_generators(plain: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-    version, words, gauss = plain["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
-
-
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
-    own = model.state_dict()
-    wrong = [name for name in own if name not in values or values[name].shape != own[name].shape]
-    wrong += [name for name in values if name not in own]
+def _check_fit(model: nn.Module, values: dict[str, Tensor]) -> None:
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    given = {name: value.shape for name, value in values.items()}
+    wrong = [name for name in own | given if own.get(name) != given.get(name)]
     if wrong:
         raise ValueError(f"resume: the model must be the checkpoint's; it differs in {', '.join(wrong[:5])}")
-    for name, value in own.items():
-        value.copy_(like_shards_of(value, values[name]))

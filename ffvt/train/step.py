@@ -27,32 +27,56 @@ class StepResult:
     stop: bool
 
 
+class Preparation:
+    """`augment` by a recipe, into memory that is written over: fresh memory costs more than the arithmetic."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.pixels: Tensor | None = None
+
+    def __call__(self, images: Tensor, jitter: Tensor | None = None) -> Tensor:
+        """Images (B, 3, S, S) uint8 as the model's input, fp32; valid until the next call."""
+        self.pixels = augment(images, jitter, self.recipe, out=self.pixels)
+        return self.pixels
+
+
 def training_step(
-    state: TrainState, images: Tensor, labels: Tensor, jitter: Tensor | None, recipe: Recipe, stop: bool = False
+    state: TrainState,
+    images: Tensor,
+    labels: Tensor,
+    jitter: Tensor | None,
+    prepare: Preparation,
+    stop: bool = False,
 ) -> StepResult:
     """One step on this rank's batch, in `gradient_accumulation_steps` parts.
 
-    images (B, 3, S, S) uint8, labels (B,) int64, jitter (B, 4) from the training view. A step with an inf or a NaN
-    in the loss or the gradients of any rank changes no weight and does not advance the schedule; in fp16 it halves the
-    loss scale. stop: this process was asked to stop, which all ranks have to know at the same step.
+    A step with an inf or a NaN in the loss or the gradients of any rank changes no weight and does not advance the
+    schedule; in fp16 it halves the loss scale.
+
+    Args:
+        state: what the step changes.
+        images: (B, 3, S, S) uint8.
+        labels: (B,) int64.
+        jitter: (B, 4), the colours' factors from the training view; None for none.
+        prepare: takes images to the model's input.
+        stop: this process was asked to stop, which all ranks have to know at the same step.
     """
     options, world = state.options, state.world
     parts = options.gradient_accumulation_steps
     loss = torch.zeros((), device=world.device)
-    right = torch.zeros((), device=world.device)
+    correct = torch.zeros((), device=world.device)
     images = images.to(world.device, non_blocking=True)
     labels = labels.to(world.device, non_blocking=True)
-    for part, some in enumerate(torch.arange(len(images)).chunk(parts)):
-        rows = slice(int(some[0]), int(some[-1]) + 1)
-        with nullcontext() if part == parts - 1 else gradients_stay_local(state.parallel):
-            some_jitter = None if jitter is None else jitter[rows]
-            state.pixels = augment(images[rows], some_jitter, recipe, out=state.pixels)
+    jitters = [None] * parts if jitter is None else jitter.chunk(parts)
+    for part, (x, y, factors) in enumerate(zip(images.chunk(parts), labels.chunk(parts), jitters), start=1):
+        with nullcontext() if part == parts else gradients_stay_local(state.parallel):
+            pixels = prepare(x, factors)
             with autocast(world.device, options.autocast_precision):
-                logits = state.parallel(state.pixels)
-            part_loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=options.smoothing_value) / parts
+                logits = state.parallel(pixels)
+            part_loss = F.cross_entropy(logits.float(), y, label_smoothing=options.smoothing_value) / parts
             state.scaler.scale(part_loss).backward()
         loss += part_loss.detach()
-        right += (logits.detach().argmax(1) == labels[rows]).sum()
+        correct += (logits.detach().argmax(1) == y).sum()
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.max_grad_norm or float("inf"))
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -62,7 +86,7 @@ def training_step(
         state.scheduler.step()
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        state.meter.add(loss, right, len(labels), norm)
+        state.meter.add(loss, correct, len(labels), norm)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1

@@ -1,4 +1,4 @@
-"""The rate of a machine's matrix products."""
+"""Images per second of a run, and operations per second of a machine's matrix products."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ import time
 import torch
 
 SLOW_PRODUCT = 0.02  # seconds
+
+
+class Throughput:
+    """Counts images against the clock."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted: the time that evaluations take is not the trainer's."""
+        self.since, self.images = time.perf_counter(), 0
+
+    def count(self, images: int) -> None:
+        """Adds images, of all ranks together."""
+        self.images += images
+
+    def take(self) -> float:
+        """Images per second since the last restart; restarts."""
+        rate = self.images / (time.perf_counter() - self.since)
+        self.restart()
+        return rate
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from ffvt.__main__ import main
+from ffvt.cli import main
 from ffvt.data import doctor
 from ffvt.data.doctor import examine, render
 from ffvt.data.layouts import LAYOUTS

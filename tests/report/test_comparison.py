@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ffvt import files
-from ffvt.__main__ import main
+from ffvt.cli import main
 from ffvt.report.comparison import comparison_figure, summary_table
 from ffvt.report.page import png
 from ffvt.report.runs import read_runs

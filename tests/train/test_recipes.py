@@ -1,6 +1,5 @@
 """The authors' four commands and the recipes: on their layouts, alone, on two processes and on two nodes."""
 
-import ast
 import json
 import socket
 import subprocess
@@ -10,32 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from ffvt.cli import main
 from ffvt.report.demo import RECIPE
-from ffvt.train.__main__ import main
 from ffvt.train.options import parse_training_flags
+from ffvt.train.recipes import RECIPES
 from ffvt.train.runlog import read_log
-from tests import faults
 from tests.data.layout_fixtures import LAYOUT_WRITERS
-from tests.helpers import AUTHORS_COMMANDS
+from tests.helpers import AUTHORS_COMMANDS, NARROW, flags, torchrun
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 SETS = {"cotton": "cotton", "soyloc": "soyloc", "CUB": "CUB", "dogs": "CUB"}  # what the commands name, as printed
 # Only what makes a step quick changes: a narrow, shallow model, one image a batch, the small fixtures.
-QUICK = "--num_steps 20 --eval_every 10 --train_batch_size 2 --embed_dim 24 --depth 3 --num_heads 2 --mlp_dim 24 "
-QUICK += "--device cpu --workers 0 --log_every 5"
-
-
-def recipe_flags(name):
-    """FLAGS of a recipe, without running it."""
-    tree = ast.parse((RECIPES / f"{name}.py").read_text())
-    value = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "FLAGS")
-    return ast.literal_eval(value).split()
+QUICK = flags({**NARROW, "num_steps": 20, "eval_every": 10, "train_batch_size": 2, "log_every": 5})
 
 
 def quick(name, data_root, folder):
     """An authors' command, unchanged but for its weights file, with what makes it quick behind it."""
-    flags = AUTHORS_COMMANDS[name].replace("--pretrained_dir P ", "").split()
-    return [*flags, *QUICK.split(), "--data_root", str(data_root), "--output_dir", str(folder)]
+    command = AUTHORS_COMMANDS[name].replace("--pretrained_dir P ", "").split()
+    return ["train", *command, *QUICK, "--data_root", str(data_root), "--output_dir", str(folder)]
 
 
 def check(folder):
@@ -61,7 +52,7 @@ def test_the_authors_commands_train_alone(name, tmp_path):
 @pytest.mark.parametrize("name", AUTHORS_COMMANDS)
 def test_the_authors_commands_train_on_two_processes(name, tmp_path):
     data_root = LAYOUT_WRITERS[SETS[name]](tmp_path / "data")
-    command = faults.torchrun(2, quick(name, data_root, tmp_path))
+    command = torchrun(2, quick(name, data_root, tmp_path)[1:])
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert check(tmp_path)["world_size"] == 2
@@ -76,7 +67,7 @@ def test_two_nodes_meet_through_torchruns_rendezvous(tmp_path):
     for node in range(2):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node)]
         launcher += ["--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", port]
-        command = [*launcher, "-m", "ffvt.train", *quick("cotton", data_root, tmp_path)]
+        command = [*launcher, "-m", "ffvt.train", *quick("cotton", data_root, tmp_path)[1:]]
         nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     said = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
@@ -86,23 +77,42 @@ def test_two_nodes_meet_through_torchruns_rendezvous(tmp_path):
 
 @pytest.mark.parametrize("name", ["cub", "dogs", "cotton", "soyloc"])
 def test_recipes_are_the_authors_commands(name):
-    ours = parse_training_flags(recipe_flags(name))
+    ours = parse_training_flags(["--recipe", name])
     theirs = parse_training_flags(AUTHORS_COMMANDS["CUB" if name == "cub" else name].split())
     free = {"name": name, "pretrained_dir": "", "cache_dir": "cache"}
     if name == "dogs":
         free["dataset"] = "dog"  # printed as CUB
     assert ours == replace(theirs, **free)
-    assert "Accuracy:" in (RECIPES / f"{name}.py").read_text()
+    assert "Accuracy:" in (FOLDER / f"{name}.py").read_text()
 
 
 def test_the_partbirds_recipe_is_the_demo():
-    assert parse_training_flags(recipe_flags("partbirds")) == replace(RECIPE, name="partbirds")
+    assert parse_training_flags(["--recipe", "partbirds"]) == replace(RECIPE, name="partbirds")
+
+
+def test_flags_beside_a_recipe_override_it_wherever_they_stand():
+    for arguments in (["--recipe", "cub", "--num_steps", "7"], ["--num_steps", "7", "--recipe", "cub"]):
+        options = parse_training_flags(arguments)
+        assert (options.name, options.num_steps, options.eval_every, options.fp16) == ("cub", 7, 200, True)
+
+
+def test_every_recipe_has_a_file_and_every_file_a_recipe():
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(RECIPES)
+
+
+def test_an_unknown_recipe_is_refused_and_the_known_ones_are_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--recipe", "cars"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "'cars'" in shown
+    assert all(name in shown for name in RECIPES)
 
 
 def test_a_recipe_runs_with_flags_behind_it(tmp_path):
     data_root = LAYOUT_WRITERS["dog"](tmp_path / "data")
-    more = [*QUICK.split(), "--img_size", "64", "--resize_size", "80", "--num_token", "3", "--precision", "fp16"]
-    command = [sys.executable, str(RECIPES / "dogs.py"), *more, "--data_root", str(data_root)]
+    more = [*QUICK, "--img_size", "64", "--resize_size", "80", "--num_token", "3", "--precision", "fp16"]
+    command = [sys.executable, str(FOLDER / "dogs.py"), *more, "--data_root", str(data_root)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ran.returncode == 0, ran.stderr
     log = (tmp_path / "output" / "dogs" / "log.jsonl").read_text().splitlines()

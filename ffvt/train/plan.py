@@ -1,0 +1,196 @@
+"""The largest batch that fits a memory, and the images per second to expect: what `ffvt plan` prints."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from json import dumps as to_json
+from pathlib import Path
+
+import torch
+
+from ffvt.errors import require
+from ffvt.model.config import FFVTConfig, make_config
+from ffvt.model.cost import flops_per_image, num_parameters
+from ffvt.precision import dtype_of
+from ffvt.train.memory import Memory, training_memory
+from ffvt.train.options import TrainOptions
+from ffvt.train.throughput import measure_matmul_flops
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+USABLE = 0.9  # of the memory: the rest is for kernels' scratch, what the allocator loses, and the formula's error
+# Fraction of the matmul rate that a training step reaches, with what it computes twice: ViT-B/16 at 448, batch 4, bf16,
+# on 2 cores of an AMD EPYC. benchmarks/results: model.jsonl has 5.626 s a step (plain ViT: 7.770 s) and
+# maws_attention.jsonl 419.5 GFLOP/s of matmul; four images are 1647 (1799) GFLOP. In fp32 FFVT reaches 0.77.
+EFFICIENCY = {True: 0.70, False: 0.55}  # by feature_fusion
+MEASURED_ON = "ViT-B/16 at 448, bf16, 2 CPU cores; not measured on a GPU yet"
+MAX_BATCH = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a device can be expected to train.
+
+    Attributes:
+        batch_size: the largest batch that fits.
+        memory: what it takes, bytes.
+        images_per_second: to expect.
+        flops_per_image: of training, with what it computes twice.
+        parameters: of the model.
+        usable_memory: bytes that the step may take, of those given.
+        matmul_flops: operations per second of large matrix products.
+        efficiency: the fraction of them that training is taken to reach.
+    """
+
+    batch_size: int
+    memory: Memory
+    images_per_second: float
+    flops_per_image: int
+    parameters: int
+    usable_memory: int
+    matmul_flops: float
+    efficiency: float
+
+
+def plan(
+    config: FFVTConfig,
+    memory_bytes: int,
+    matmul_flops: float,
+    optimizer: str = "sgd",
+    precision: str = "fp32",
+    ema: bool = False,
+    efficiency: float | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """The largest batch whose training step fits 90 % of a memory, on one device.
+
+    Args:
+        config: the model's.
+        memory_bytes: of the device.
+        matmul_flops: operations per second of its large matrix products.
+        optimizer, precision, ema, device: as for `training_memory`.
+        efficiency: the fraction of matmul_flops that training reaches; None for what was measured on a CPU.
+
+    Raises:
+        ValueError: an argument does not hold, or not even one image fits; the message says what that needs.
+        NotImplementedError: the hybrid.
+    """
+    reached = EFFICIENCY[config.feature_fusion] if efficiency is None else efficiency
+    require(0 < memory_bytes < math.inf, "plan", "memory_bytes", "positive", memory_bytes)
+    require(0 < matmul_flops < math.inf, "plan", "matmul_flops", "positive", matmul_flops)
+    require(0 < reached <= 1, "plan", "efficiency", "in (0, 1]", efficiency)
+    usable = int(memory_bytes * USABLE)
+
+    def needed(batch_size: int) -> Memory:
+        return training_memory(config, batch_size, optimizer, precision, ema, device)
+
+    if needed(1).total > usable:
+        raise ValueError(
+            f"plan: memory must hold one image, {needed(1).total / 2**30:.2f} GiB; got {usable / 2**30:.2f} GiB usable"
+            ". Gradient checkpointing, smaller images, a smaller model or --fsdp over several devices need less"
+        )
+    fits, too_many = 1, MAX_BATCH
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if needed(middle).total <= usable else (fits, middle)
+    flops = flops_per_image(config, training=True, recomputation=True)
+    rate = matmul_flops * reached / flops
+    return Plan(fits, needed(fits), rate, flops, num_parameters(config), usable, matmul_flops, reached)
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GiB", "512 MB" or a plain number as bytes.
+
+    Raises:
+        ValueError: it is none of these, or less than a byte.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    size = int(float(found[1]) * UNITS.get(found[2].upper(), 0)) if found else 0
+    require(size > 0, "plan", "memory", "a size such as 24GiB or 512MB", text)
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device.
+
+    Raises:
+        ValueError: this system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", facts.read_text()) if facts.exists() else None
+    if not found:
+        raise ValueError("plan: memory must be given where the system does not say what is free; got memory=''")
+    return int(found[1]) * 1024
+
+
+def describe_plan(
+    options: TrainOptions,
+    memory: str = "",
+    tflops: float | None = None,
+    efficiency: float | None = None,
+    num_classes: int = 200,
+    json: bool = False,
+) -> str:
+    """The plan of a run, trained as FFVT and, beside it, as the plain ViT of its size: a table for a terminal.
+
+    Args:
+        options: those of the run; its device need not be here.
+        memory: of the device, such as "24GiB"; empty for what is free here.
+        tflops: matmul rate of the device, TFLOP/s; None to measure it here.
+        efficiency: fraction of it that training reaches; None for what was measured on a CPU.
+        num_classes: classes.
+        json: a JSON object instead of a table.
+
+    Raises:
+        ValueError: an argument does not hold, the model is the hybrid, or not even one image fits.
+    """
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if options.device == "auto" else options.device
+    if device == "cuda" and here == "cpu":
+        require(bool(memory), "plan", "memory", "given for a GPU that is not here", memory)
+        require(tflops is not None, "plan", "tflops", "given for a GPU that is not here", tflops)
+    require(tflops is None or 0 < tflops < math.inf, "plan", "tflops", "positive", tflops)
+    config = make_config(options.model_type, **{**options.model_fields(num_classes), "feature_fusion": True})
+    is_plain = config.backbone is None
+    require(is_plain, "plan", "model_type", "a plain ViT's size: the hybrid is not counted", options.model_type)
+    available = parse_bytes(memory) if memory else free_memory(torch.device(device))
+    precision = options.autocast_precision
+    rate = measure_matmul_flops(torch.device(device), dtype_of(precision)) if tflops is None else tflops * 1e12
+    choices = (options.optimizer, precision, options.ema_decay > 0, efficiency, device)
+    plans: list[Plan | None] = [plan(config, available, rate, *choices)]
+    try:
+        plans.append(plan(replace(config, feature_fusion=False), available, rate, *choices))
+    except ValueError:  # the control needs a little more than what was asked about
+        plans.append(None)
+    if json:
+        return to_json({name: found and asdict(found) for name, found in zip(("ffvt", "plain_vit"), plans)})
+    title = (
+        f"{options.model_type} at {options.img_size} px, {precision}, {options.optimizer}, {device}, "
+        f"{USABLE:.0%} of {available / 2**30:.1f} GiB; memory at the peak of a step"
+    )
+    fractions = " and ".join(f"{found.efficiency:.0%}" for found in plans if found)
+    source = "measured here" if tflops is None else "given"
+    reached = f"reached on {MEASURED_ON}" if efficiency is None else "given"
+    basis = f"{fractions} of {rate / 1e12:.3g} TFLOP/s of matmul ({source}); fraction {reached}."
+    return f"{title}\n{_table(plans)}\nimages/s: {basis}"
+
+
+def _table(plans: list[Plan | None]) -> str:
+    """The plans of an FFVT and of the plain ViT side by side."""
+    rows = [("", "FFVT", "plain ViT")]
+
+    def add(name: str, show: Callable[[Plan], str]) -> None:
+        rows.append((name, *(show(found) if found else "-" for found in plans)))
+
+    add("parameters, M", lambda p: f"{p.parameters / 1e6:.1f}")
+    add("largest batch", lambda p: str(p.batch_size))
+    for part in ("weights", "gradients", "optimizer_state", "ema", "activations", "temporary", "total"):
+        add(f"  {part.replace('_', ' ')}, GiB", lambda p, part=part: f"{getattr(p.memory, part) / 2**30:.2f}")
+    add("GFLOP an image, forward and backward", lambda p: f"{p.flops_per_image / 1e9:.0f}")
+    add("images/s expected", lambda p: f"{p.images_per_second:.3g}")
+    return "\n".join(f"{name:<38}{ffvt:>10}{plain:>12}" for name, ffvt, plain in rows)

@@ -1,0 +1,51 @@
+"""Training recipes by name: the flags of `ffvt train --recipe NAME`, and what is known of where they lead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """One recipe.
+
+    Attributes:
+        flags: training flags, as on a command line.
+        known: the data set, and the accuracy with its source.
+    """
+
+    flags: str
+    known: str
+
+
+RECIPES = {
+    "cub": TrainingRecipe(
+        "--name cub --dataset CUB --model_type ViT-B_16 --img_size 448 --resize_size 600 --train_batch_size 8 "
+        "--learning_rate 0.02 --num_steps 10000 --fp16 --eval_every 200 --feature_fusion --cache_dir cache",
+        "CUB-200-2011, 91.6 % in the paper",
+    ),
+    "dogs": TrainingRecipe(
+        "--name dogs --dataset dog --model_type ViT-B_16 --img_size 448 --resize_size 600 --train_batch_size 4 "
+        "--learning_rate 3e-3 --num_steps 30000 --fp16 --eval_every 300 --feature_fusion --decay_type linear "
+        "--num_token 24 --cache_dir cache",
+        "Stanford Dogs, 91.5 % in the paper",
+    ),
+    "cotton": TrainingRecipe(
+        "--name cotton --dataset cotton --model_type ViT-B_16 --img_size 384 --resize_size 500 --train_batch_size 8 "
+        "--learning_rate 0.02 --num_steps 2000 --fp16 --eval_every 16 --feature_fusion --cache_dir cache",
+        "Cotton80",
+    ),
+    "soyloc": TrainingRecipe(
+        "--name soyloc --dataset soyloc --model_type ViT-B_16 --img_size 384 --resize_size 500 --train_batch_size 8 "
+        "--learning_rate 0.02 --num_steps 4750 --fp16 --eval_every 50 --feature_fusion --cache_dir cache",
+        "SoyLocal",
+    ),
+    "partbirds": TrainingRecipe(
+        "--name partbirds --dataset partbirds --preset default --model_type vit_s16 --img_size 64 --resize_size 64 "
+        "--patch_size 8 --embed_dim 96 --depth 4 --num_heads 4 --mlp_dim 192 --dropout 0 --feature_fusion "
+        "--num_token 4 --first_candidate 1 --optimizer adamw --learning_rate 1e-3 --weight_decay 0.05 "
+        "--train_batch_size 48 --eval_batch_size 100 --num_steps 900 --warmup_steps 100 --eval_every 150 "
+        "--log_every 20 --workers 0 --seed 0",
+        "drawn birds, 82.8 % here",
+    ),
+}

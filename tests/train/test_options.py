@@ -1,0 +1,120 @@
+"""Training options: the authors' flags, ours, their bounds, and what derives from them."""
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from ffvt.cli import make_parser
+from ffvt.model.weights import LAST_BLOCK_CHOICES
+from ffvt.train.memory import OPTIMIZER_TENSORS
+from ffvt.train.options import LAST_BLOCKS, OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
+from tests.helpers import AUTHORS_COMMANDS, flags
+
+
+@pytest.mark.parametrize("command", AUTHORS_COMMANDS.values(), ids=AUTHORS_COMMANDS)
+def test_the_authors_command_lines_parse_to_their_recipes(command):
+    options = parse_training_flags(command.split())
+    assert options.autocast_precision == "fp16"
+    assert options.feature_fusion
+    assert (options.weight_decay, options.warmup_steps, options.max_grad_norm, options.seed) == (0.0, 500, 1.0, 42)
+    assert (options.smoothing_value, options.gradient_accumulation_steps, options.eval_batch_size) == (0.0, 1, 16)
+    assert options.num_token == (24 if "num_token" in command else 12)
+    assert (options.last_block, options.first_candidate, options.dropout) == ("random", 0, 0.1)
+
+
+def test_every_flag_of_the_contract_parses():
+    rest = (
+        "--eval_batch_size 4 --weight_decay 0.1 --warmup_steps 3 --smoothing_value 0.1 --gradient_accumulation_steps 2 "
+    )
+    rest += (
+        "--max_grad_norm 2 --seed 1 --data_root D --output_dir O --loss_scale 1024 --num_token 3 --decay_type linear"
+    )
+    options = parse_training_flags(rest.split())
+    assert (options.loss_scale, options.gradient_accumulation_steps, options.data_root) == (1024.0, 2, "D")
+    assert parse_training_flags(["--local_rank", "1", "--fp16_opt_level", "O2"]) == TrainOptions()
+    with pytest.raises(ValueError, match="got precision='float16'"):
+        TrainOptions(precision="float16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_batch_size", "6", "--gradient_accumulation_steps", "4"], "got train_batch_size=6"),
+        (["--num_steps", "0"], "got num_steps=0"),
+        (["--learning_rate", "-1"], "got learning_rate=-1.0"),
+        (["--smoothing_value", "1"], "got smoothing_value=1.0"),
+        (["--fp16", "--precision", "bf16"], "got precision='bf16'"),
+        (["--dataset", "imagenet"], "imagenet"),
+        (["--max_grad_norm", "inf"], "max_grad_norm must be finite; got max_grad_norm=inf"),
+        (["--name", ".."], "got name='..'"),
+        (["--name", ""], "got name=''"),
+        (["--name", "/elsewhere"], "got name='/elsewhere'"),
+        (["--fsdp", "--fp16"], "precision must be bf16 or fp32 with fsdp=True"),
+        (["--resume", "auto", "--overwrite"], "overwrite must be left out with resume='auto'"),
+        (["--val_split", "1.5"], "got val_split=1.5"),
+    ],
+)
+def test_bad_options_end_with_a_usage_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_training_flags(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "lamb"}, "train: optimizer must be one of sgd, adamw; got optimizer='lamb'"),
+        ({"device": "tpu"}, "train: device must be one of auto, cpu, cuda; got device='tpu'"),
+        ({"layer_decay": 0.0}, r"train: layer_decay must be in \(0, 1\]; got layer_decay=0.0"),
+        ({"ema_decay": 1.0}, r"train: ema_decay must be in \[0, 1\); got ema_decay=1.0"),
+        ({"learning_rate": 0.0}, "train: learning_rate must be positive; got learning_rate=0.0"),
+        ({"learning_rate": float("nan")}, "train: learning_rate must be finite; got learning_rate=nan"),
+        ({"workers": -1}, "train: workers must be at least 0; got workers=-1"),
+    ],
+)
+def test_options_made_in_python_are_held_to_the_same_bounds(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TrainOptions(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"layer_decay": 1.0}, {"val_split": 0.0}, {"workers": 0}, {"prefetch": 1}])
+def test_the_closed_end_of_a_range_is_accepted(changes):
+    ((name, value),) = changes.items()
+    assert getattr(TrainOptions(**changes), name) == value
+
+
+def test_every_option_is_a_flag_with_its_default():
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser)
+    parsed = vars(parser.parse_args([]))
+    assert parse_training_flags([]) == TrainOptions()
+    for option in fields(TrainOptions):
+        assert parsed[option.name] == option.default, option.name
+
+
+def test_options_survive_the_way_through_their_flags():
+    options = TrainOptions(depth=3, fp16=True, learning_rate=1e-3, name="a b", cache_dir="cache", ema_decay=0.9)
+    assert parse_training_flags(flags(options)) == options
+
+
+def test_plan_takes_trains_flags_with_trains_defaults():
+    parsed = {command: vars(make_parser().parse_args([command])) for command in ("train", "plan")}
+    for option in fields(TrainOptions):
+        assert parsed["plan"][option.name] == parsed["train"][option.name] == option.default, option.name
+
+
+def test_the_help_is_grouped_by_topic_and_marks_the_authors_flags():
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser)
+    shown = " ".join(parser.format_help().split())
+    for topic in ("data", "model", "optimiser", "schedule", "precision and speed", "checkpoints", "evaluation", "run"):
+        assert f"{topic}:" in shown
+    assert "peak learning rate (authors') (default: 0.03)" in shown
+    assert "optimiser: sgd, adamw (default: sgd)" in shown
+
+
+def test_choices_are_those_of_the_code_that_takes_them():
+    assert LAST_BLOCKS == LAST_BLOCK_CHOICES
+    assert tuple(OPTIMIZER_TENSORS) == OPTIMIZERS
