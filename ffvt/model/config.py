@@ -11,6 +11,7 @@ from typing import Any
 from ffvt.errors import require
 
 POSITIVE_INTEGERS = ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim")
+LAST_BLOCKS = ("random", "pretrained")  # how `load_weights` starts the fusion block
 SWITCHES = ("feature_fusion", "qkv_bias", "prune_dead_rows", "gradient_checkpointing")
 
 

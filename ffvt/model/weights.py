@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ffvt.model.config import FFVTConfig
+from ffvt.model.config import LAST_BLOCKS, FFVTConfig
 from ffvt.model.weight_names import Piece, is_part_of_model, translate
 
-LAST_BLOCK_CHOICES = ("random", "pretrained")
 MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and to 1 GiB in any case)
 
 
@@ -78,7 +77,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
         ValueError: an unreadable, truncated, unrecognised or pickled source, a shape that does not fit, or an unknown
             `last_block`. Pickles are never run.
     """
-    if last_block not in LAST_BLOCK_CHOICES:
+    if last_block not in LAST_BLOCKS:
         raise ValueError(f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={last_block!r}")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     model = model.module if isinstance(model, DistributedDataParallel) else model

@@ -14,14 +14,13 @@ from typing import Any
 
 from ffvt.data.layouts import DATASETS, canonical_name
 from ffvt.errors import require
-from ffvt.model.config import AUTHORS_NAMES, PRESETS
+from ffvt.model.config import AUTHORS_NAMES, LAST_BLOCKS, PRESETS
 from ffvt.precision import PRECISIONS
 from ffvt.train.recipes import RECIPES
 
 OPTIMIZERS = ("sgd", "adamw")
 DECAYS = ("cosine", "linear")
 DEVICES = ("auto", "cpu", "cuda")
-LAST_BLOCKS = ("random", "pretrained")
 IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and --precision decide
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 

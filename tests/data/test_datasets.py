@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 
 from ffvt.data import cache
 from ffvt.data.cache import cache_key, open_cached
-from ffvt.data.datasets import DATASETS, ImageSubset, open_split
-from ffvt.data.layouts import read_listing
+from ffvt.data.datasets import ImageSubset, open_split
+from ffvt.data.layouts import DATASETS, read_listing
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingView, split_off
 from ffvt.data.transforms import (
     ORDERS,

@@ -8,8 +8,8 @@ import torch
 from scipy.io import loadmat, savemat
 from torchvision import datasets
 
-from ffvt.data.datasets import DATASETS, canonical_name, open_split, recipe_of
-from ffvt.data.layouts import LAYOUTS, find_layout, find_root, read_listing
+from ffvt.data.datasets import open_split, recipe_of
+from ffvt.data.layouts import DATASETS, LAYOUTS, canonical_name, find_layout, find_root, read_listing
 from tests.data import layout_fixtures as fixtures
 from tests.data.layout_fixtures import CLASSES, LAYOUT_WRITERS, TEST, TRAIN
 

@@ -6,9 +6,8 @@ from dataclasses import fields
 import pytest
 
 from ffvt.cli import make_parser
-from ffvt.model.weights import LAST_BLOCK_CHOICES
 from ffvt.train.memory import OPTIMIZER_TENSORS
-from ffvt.train.options import LAST_BLOCKS, OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
+from ffvt.train.options import OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
 from tests.helpers import AUTHORS_COMMANDS, flags
 
 
@@ -116,5 +115,4 @@ def test_the_help_is_grouped_by_topic_and_marks_the_authors_flags():
 
 
 def test_choices_are_those_of_the_code_that_takes_them():
-    assert LAST_BLOCKS == LAST_BLOCK_CHOICES
     assert tuple(OPTIMIZER_TENSORS) == OPTIMIZERS
