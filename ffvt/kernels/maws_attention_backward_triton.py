@@ -42,7 +42,7 @@ from ffvt.kernels.tiles_triton import (
     store_tile,
     strided,
     weighted_rows,
-    zero_row,
+    zeros_like,
 )
 
 # What each launch of the second kernel leaves out, by element size; in fp32 dk and dv at once spill registers.
@@ -245,7 +245,7 @@ def class_gradient(
     query, lse and delta are its own numbers; as a key, pointers to those of all queries.
     """
     a_class, b_class = load_row(a_class, D), load_row(b_class, D)
-    da, db = zero_row(D), zero_row(D)
+    da, db = zeros_like(a_class), zeros_like(b_class)
     for start in range(0, N, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < N

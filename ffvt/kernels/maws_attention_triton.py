@@ -39,7 +39,7 @@ from ffvt.kernels.tiles_triton import (
     store_tile,
     strided,
     weighted_rows,
-    zero_row,
+    zeros_like,
 )
 
 
@@ -142,7 +142,7 @@ def class_row(
     q = load_row(q_head, D)
     m = tl.full((), float("-inf"), tl.float32)
     l = tl.zeros((), tl.float32)
-    acc = zero_row(D)
+    acc = zeros_like(q)
     for start in range(0, N, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         mask_n = offs_n < N

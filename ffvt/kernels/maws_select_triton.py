@@ -59,10 +59,10 @@ def class_logits_kernel(q, k, row_ptr, col_ptr, N, H, scale, D: tl.constexpr, BL
     mask = offs < N
     q, k = head_of(q, bh, H), head_of(k, bh, H)
     line = bh.to(tl.int64) * N + offs
-    q_class = load_row(q, D)
-    tl.store(row_ptr + line, dot_row(load_tile(k, offs, mask, D), q_class) * scale, mask=mask)
-    k_class = load_row(k, D)
-    tl.store(col_ptr + line, dot_row(load_tile(q, offs, mask, D), k_class) * scale, mask=mask)
+    q_class, k_tile = load_row(q, D), load_tile(k, offs, mask, D)
+    tl.store(row_ptr + line, dot_row(k_tile, q_class) * scale, mask=mask)
+    k_class, q_tile = load_row(k, D), load_tile(q, offs, mask, D)
+    tl.store(col_ptr + line, dot_row(q_tile, k_class) * scale, mask=mask)
 
 
 @triton.jit

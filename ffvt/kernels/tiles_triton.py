@@ -111,12 +111,9 @@ def load_row(head, D: tl.constexpr):
 
 
 @triton.jit
-def zero_row(D: tl.constexpr):
-    """A row of fp32 zeros, (D,)."""
-    row = ()
-    for i in tl.static_range(len(block_widths(D))):
-        row += (tl.zeros((block_widths(D)[i],), tl.float32),)
-    return row
+def zeros_like(row):
+    """A row of zeros."""
+    return [tl.zeros_like(block) for block in row]
 
 
 @triton.jit
