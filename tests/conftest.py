@@ -32,6 +32,13 @@ def backend(request):
         yield name
 
 
+def pytest_collection_modifyitems(items):
+    """Large shapes are slow in Triton's interpreter, where the smaller ones take the same path."""
+    for item in items:
+        if {"triton", "real"} <= set(item.callspec.id.split("-") if hasattr(item, "callspec") else ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ Q, LINE = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
 X, INDEX = torch.zeros(1, 3, 4), torch.zeros(1, 2, dtype=torch.int64)
 CALLS = {
     "maws_attention_forward": (Q, Q, Q, 2, 0.5, 0),
-    "maws_attention_backward": (Q, Q, Q, Q, Q, LINE, 0.5, tuple(torch.empty_like(Q) for _ in range(3))),
+    "maws_attention_backward": (Q, Q, Q, Q, Q, LINE, LINE, 0.5, tuple(torch.empty_like(Q) for _ in range(3))),
     "maws_select_forward": (Q, Q, 2, 0.5, 0),
     "gather_tokens_forward": (X, INDEX),
     "gather_tokens_backward": (X[:, :2], INDEX, 3),

@@ -81,6 +81,7 @@ def test_parameters_are_counted_without_making_them(changes):
     assert num_parameters(config) == sum(p.numel() for p in from_config(config).parameters())
 
 
+@pytest.mark.parametrize("cost", [flops_per_image, num_parameters])
 def test_the_hybrid_is_refused(cost):
     with pytest.raises(NotImplementedError, match="backbone must be None.*got backbone='r50'"):
         cost(make_config("r50_vit_b16"))

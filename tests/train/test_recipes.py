@@ -39,7 +39,9 @@ def check(folder):
     return lines[0]
 
 
-@pytest.mark.parametrize("name", AUTHORS_COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "CUB" else pytest.mark.slow) for name in AUTHORS_COMMANDS]
+)
 def test_the_authors_commands_train_alone(name, tmp_path):
     data_root = LAYOUT_WRITERS[SETS[name]](tmp_path / "data")
     assert main(quick(name, data_root, tmp_path)) == 0
@@ -58,6 +60,7 @@ def test_the_authors_commands_train_on_two_processes(name, tmp_path):
     assert check(tmp_path)["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_through_torchruns_rendezvous(tmp_path):
     data_root = LAYOUT_WRITERS["cotton"](tmp_path / "data")
     with socket.socket() as free:

@@ -22,7 +22,8 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"precision": "fp32", "workers": 2}, id="fp32"),
+        pytest.param({}, id="fp32"),
+        pytest.param({"workers": 2}, id="fp32, workers", marks=SLOW),  # each loader imports PyTorch again
         pytest.param(
             {"precision": "bf16", "optimizer": "adamw", "learning_rate": 1e-3, "layer_decay": 0.8},
             id="bf16",
