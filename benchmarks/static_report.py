@@ -126,7 +126,7 @@ def run(selected: Sequence[Job], processes: int) -> list[dict[str, Any]]:
     """The reports of the jobs, in their order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
-        return list(pool.map(compile_job, selected, chunksize=4))
+        return list(pool.map(compile_job, selected))
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
