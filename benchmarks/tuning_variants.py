@@ -13,7 +13,7 @@ from benchmarks.problem import Problem
 from ffvt.kernels import tuning
 
 SHIPPED = "shipped"
-VARIANTS = {  # by kernel: block_q, block_k, warps, stages
+VARIANTS = {  # by kernel: BLOCK_M, BLOCK_N, warps, stages
     "forward": [
         *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3)),
         *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
@@ -39,11 +39,11 @@ def measure_variants(
     form = GRAPH if problem.device == "cuda" else EAGER
     qkv, grad_out = problem.inputs()
     setup = partial(workload, ours("triton"), mode, qkv, grad_out, problem.num_select)
-    shipped = tuning.find(kernel, tuning.architecture(qkv.device), qkv.element_size(), problem.head_dim)
+    shipped = tuning.find_tiling(kernel, tuning.architecture(qkv.device), qkv.element_size(), problem.head_dim)
     setups: dict[str, Setup] = {SHIPPED: setup}
-    for block_q, block_k, warps, stages in VARIANTS[kernel][:count]:
-        row = shipped._replace(block_q=block_q, block_k=block_k, warps=warps, stages=stages)
-        name = f"{block_q}x{block_k}, {warps} warps, {stages} stages"
+    for block_m, block_n, warps, stages in VARIANTS[kernel][:count]:
+        row = shipped._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+        name = f"{block_m}x{block_n}, {warps} warps, {stages} stages"
         setups[name] = partial(under_row, kernel, row._replace(architectures=tuning.ANY), setup)
     # a compiler may refuse a row in many ways: a fact to report
     functions, refused = prepare(setups, form, refusals=(Exception,))
@@ -55,7 +55,7 @@ def measure_variants(
     yield from ({**fields, "case": name, "missing": reason} for name, reason in refused.items())
 
 
-def under_row(kernel: str, row: tuning.Row, setup: Setup) -> Callable[[], object]:
+def under_row(kernel: str, row: tuning.Tiling, setup: Setup) -> Callable[[], object]:
     """The function that `setup` makes, with `row` as the kernel's table in the set-up and in every call."""
     with tuning.override(kernel, row):
         function = setup()

@@ -80,7 +80,9 @@ def test_timm_drops_out_where_ours_does() -> None:
 def test_a_rival_measured_alone_has_its_rate_or_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = bench_model.Workload(OURS, "forward", TINY, 2, "fp32", "cpu")
     (record,) = bench_model.measure_alone(workload, rounds=1, warmup=0)
-    assert record["images_per_second"] == pytest.approx(2e3 / record["time_ms"]["median"], rel=1e-2)
+    assert record["images_per_second"] == pytest.approx(
+        2e3 / record["time_ms"]["median"], rel=1e-2, abs=0.06
+    )  # rounded
 
     def without_timm(name: str, config: ffvt.FFVTConfig) -> torch.nn.Module:
         raise ImportError("no timm")
