@@ -14,7 +14,7 @@ demo: setup  ## train on PartBirds from scratch, write runs/demo/report.html
 	$(BIN)/python -m ffvt demo --output runs/demo
 
 test: setup  ## every module and every kernel, in a few minutes
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: setup $(OLD_TRITON)  ## the rest too: all ahead-of-time compilations, all launches, kill-and-resume campaigns
 	$(BIN)/python -m pytest -q

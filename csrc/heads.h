@@ -11,7 +11,8 @@
 
 namespace ffvt {
 
-constexpr int64_t kTile = kPanel;  // queries of a tile
+constexpr int64_t kTile = 64;  // queries of a tile
+static_assert(kTile == kPanel, "a tile of queries is one B operand");
 constexpr int64_t kBlock = 256;    // keys of a block
 
 // Degree of the polynomial of 2^r, for results of this dtype.
@@ -47,7 +48,7 @@ inline void check_selection(const at::Tensor& q, int64_t num_select, double scal
   TORCH_CHECK_VALUE(num_select >= 1 && num_select <= q.size(1) - first_candidate,
                     "num_select must be in [1, N - first_candidate = ", q.size(1) - first_candidate,
                     "]; got num_select=", num_select);
-  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(static_cast<float>(scale) * kLog2E),
+  TORCH_CHECK_VALUE(static_cast<float>(scale) > 0 && std::isfinite(static_cast<float>(scale) * kLog2E),
                     "scale must be finite and positive in fp32; got scale=", scale);
 }
 

@@ -1,13 +1,15 @@
 """ffvt: Feature Fusion Vision Transformer (FFVT, BMVC 2021) with fused token-selecting attention.
 
-Importing this package does not import torch; the first use of a name below does. Where torch is there already, the
-operators are registered with it at once, as `torch.ops.ffvt`.
+Importing this package does not import torch; the first use of a name below does. As soon as torch is imported, before
+or after this package, the operators are registered with it, as `torch.ops.ffvt`.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ffvt.version import __version__ as __version__
@@ -42,6 +44,7 @@ __all__ = [
     "use_backend",
 ]
 
+_PACKAGES = ("data", "kernels", "model", "report", "train")
 _HOMES = {  # module: the names that are defined there; a module that is public itself has no names
     "ffvt.kernels.reference": (),
     "ffvt.kernels.backends": ("info", "use_backend"),
@@ -65,6 +68,8 @@ def __getattr__(name: str) -> Any:
             continue
         globals()[name] = value  # so that this function is not asked again
         return value
+    if name in _PACKAGES:
+        return import_module(f"ffvt.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -72,5 +77,26 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "torch" in sys.modules:  # who has imported it may call torch.ops.ffvt, or load a graph that does
+class _RegisterAfterTorch(MetaPathFinder):
+    """Registers the operators as soon as torch is imported: who has it may load a graph that calls them."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec("torch")
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                import_module("ffvt.kernels.ops")
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "torch" in sys.modules:
     import_module("ffvt.kernels.ops")
+else:
+    sys.meta_path.insert(0, _RegisterAfterTorch())

@@ -17,8 +17,26 @@ def test_importing_the_package_imports_no_torch_until_a_name_is_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_operators_are_registered_at_once_where_torch_is_there():
-    subprocess.run([sys.executable, "-c", "import torch, ffvt; torch.ops.ffvt.maws_attention"], check=True)
+@pytest.mark.parametrize("order", ["torch, ffvt", "ffvt, torch"])
+def test_the_operators_are_registered_whichever_is_imported_first(order):
+    subprocess.run([sys.executable, "-c", f"import {order}; torch.ops.ffvt.maws_attention"], check=True)
+
+
+def test_a_saved_program_loads_where_the_package_was_imported_first(tmp_path):
+    save = (
+        "import torch, ffvt\n"
+        "class Pick(torch.nn.Module):\n"
+        "    def forward(self, q): return ffvt.maws_select(q, q, 2)[0]\n"
+        "torch.export.save(torch.export.export(Pick(), (torch.randn(1, 5, 1, 4),)), 'p.pt2')"
+    )
+    load = "import ffvt, torch; torch.export.load('p.pt2').module()(torch.randn(1, 5, 1, 4))"
+    for code in (save, load):
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_subpackages_are_attributes():
+    code = "import ffvt; ffvt.kernels.backends.info; ffvt.model.config.PRESETS"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ffvt.__all__)

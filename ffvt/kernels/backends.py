@@ -122,6 +122,8 @@ def forced_backend() -> str:
 def resolve(operator: str, backend: str, *tensors: Tensor) -> Backend:
     """The module that serves this call of `operator`: the forced one, or the first of the device's preference."""
     device = tensors[0].device.type
+    if backend not in (AUTO, *BACKENDS):
+        raise ValueError(f"{operator}: backend must be one of {', '.join(BACKENDS)}; got backend={backend!r}")
     if backend != AUTO:
         reasons = _reasons(backend, operator, tensors)
         if reasons:
@@ -173,7 +175,8 @@ def extension_info() -> dict[str, Any]:
         from ffvt import _C
     except ImportError as error:
         return {"available": False, "reason": str(error)}
-    kernels = {} if _load_reasons("cpp") else _load("cpp").facts()
+    reasons = _missing("cpp")
+    kernels = {"kernels": "; ".join(reasons)} if reasons else _load("cpp").facts()
     return {"available": True, **_C.build_info(), **_C.cpu_info(), **kernels}
 
 

@@ -10,6 +10,8 @@ How: two launches (three in fp32). The first walks a tile of queries over the ke
 Memory: one fp32 array (B, H, N), delta. The map exists only as tiles in registers.
 Limits: as the forward. In fp16 the gradient of the logits is rounded before the scale, as in FlashAttention: it
     overflows 1/scale times earlier than dq and dk do, which a loss scale must leave room for (GradScaler finds it).
+    Probabilities come from lse in fp32, as in FlashAttention, so they lose accuracy with the size of the logits: from
+    about 1e5 on, and their bound of 1 past 1e7.
 Source: FFVT (arXiv 2107.02341) section 3.2; FlashAttention-2 (arXiv 2307.08691), algorithm 2, split in two.
 """
 

@@ -2,7 +2,7 @@
 
 Every row says what chose it. A launch never searches: its configuration is a function of its arguments, so all
 processes agree, and the ahead-of-time report compiles every row. The number of tokens plays no part in attention: a
-new N or K compiles nothing (selection: only from one power of two to the next).
+new N compiles nothing where D is a multiple of 16 (selection: only from one power of two to the next).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class World:
             for block in (module for module in model.modules() if isinstance(module, Block)):
                 fully_shard(block)
             fully_shard(model)
-            register_fsdp_forward_method(model, "forward_with_selection")
+            for method in ("forward_with_selection", "forward_features", "forward_features_with_selection"):
+                if hasattr(model, method):
+                    register_fsdp_forward_method(model, method)
             return model
         if self.size == 1:
             return model
@@ -76,7 +79,7 @@ class World:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = error
+                outcome[1] = error if self.size == 1 else _picklable(error)
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         value, error = outcome
@@ -84,6 +87,15 @@ class World:
             error.raised_on_main = True
             raise error
         return value
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error itself, or what it says where it cannot be sent to other ranks."""
+    try:
+        pickle.dumps(error)
+    except Exception:  # whatever its parts raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

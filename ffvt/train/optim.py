@@ -12,6 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from ffvt.errors import require
 from ffvt.train.options import DECAYS, OPTIMIZERS
 
+CURVES = {  # by name of DECAYS: the factor of the peak rate at a fraction of the way to the last step
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+}
+
 
 def make_optimizer(
     name: str, model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
@@ -63,7 +68,7 @@ def make_scheduler(
         if step < warmup_steps:
             return step / max(1, warmup_steps)
         progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
-        return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
+        return CURVES[decay](progress)
 
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

@@ -213,7 +213,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def _add_flag(group: Any, name: str, default: Any, facts: Mapping[str, Any]) -> None:
     authors = " (authors')" if facts["authors"] else ""
     if default is False:
-        group.add_argument(f"--{name}", action="store_true", help=f"{facts['help']}{authors}")
+        switch = argparse.BooleanOptionalAction  # --no-NAME switches off what a recipe switches on
+        group.add_argument(f"--{name}", action=switch, default=False, help=f"{facts['help']}{authors}")
         return
     kind, choices = facts["kind"], facts["limits"].get("choices")
     meaning = f"{facts['help']}: {', '.join(choices)}" if choices else facts["help"]

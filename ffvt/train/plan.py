@@ -155,7 +155,8 @@ def describe_plan(
         require(bool(memory), "plan", "memory", "given for a GPU that is not here", memory)
         require(tflops is not None, "plan", "tflops", "given for a GPU that is not here", tflops)
     require(tflops is None or 0 < tflops < math.inf, "plan", "tflops", "positive", tflops)
-    config = make_config(options.model_type, **{**options.model_fields(num_classes), "feature_fusion": True})
+    fields = options.model_fields(num_classes)
+    config = make_config(options.model_type, **{**fields, "feature_fusion": True})
     is_plain = config.backbone is None
     require(is_plain, "plan", "model_type", "a plain ViT's size: the hybrid is not counted", options.model_type)
     available = parse_bytes(memory) if memory else free_memory(torch.device(device))

@@ -21,23 +21,23 @@ class TrainingRecipe:
 RECIPES = {
     "cub": TrainingRecipe(
         "--name cub --dataset CUB --model_type ViT-B_16 --img_size 448 --resize_size 600 --train_batch_size 8 "
-        "--learning_rate 0.02 --num_steps 10000 --fp16 --eval_every 200 --feature_fusion --cache_dir cache",
+        "--learning_rate 0.02 --num_steps 10000 --precision fp16 --eval_every 200 --feature_fusion --cache_dir cache",
         "CUB-200-2011, 91.6 % in the paper",
     ),
     "dogs": TrainingRecipe(
         "--name dogs --dataset dog --model_type ViT-B_16 --img_size 448 --resize_size 600 --train_batch_size 4 "
-        "--learning_rate 3e-3 --num_steps 30000 --fp16 --eval_every 300 --feature_fusion --decay_type linear "
+        "--learning_rate 3e-3 --num_steps 30000 --precision fp16 --eval_every 300 --feature_fusion --decay_type linear "
         "--num_token 24 --cache_dir cache",
         "Stanford Dogs, 91.5 % in the paper",
     ),
     "cotton": TrainingRecipe(
         "--name cotton --dataset cotton --model_type ViT-B_16 --img_size 384 --resize_size 500 --train_batch_size 8 "
-        "--learning_rate 0.02 --num_steps 2000 --fp16 --eval_every 16 --feature_fusion --cache_dir cache",
+        "--learning_rate 0.02 --num_steps 2000 --precision fp16 --eval_every 16 --feature_fusion --cache_dir cache",
         "Cotton80",
     ),
     "soyloc": TrainingRecipe(
         "--name soyloc --dataset soyloc --model_type ViT-B_16 --img_size 384 --resize_size 500 --train_batch_size 8 "
-        "--learning_rate 0.02 --num_steps 4750 --fp16 --eval_every 50 --feature_fusion --cache_dir cache",
+        "--learning_rate 0.02 --num_steps 4750 --precision fp16 --eval_every 50 --feature_fusion --cache_dir cache",
         "SoyLocal",
     ),
     "partbirds": TrainingRecipe(

@@ -33,7 +33,7 @@ log = logging.getLogger("ffvt")
 class RunFolder:
     """The folder <output_dir>/<name> of one run, locked while the block runs.
 
-    All ranks call every method; the main one alone touches the disk.
+    All ranks call every method; the main one alone writes.
 
     Attributes:
         path: the folder.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ffvt.train.optim import make_optimizer, make_scheduler
+from ffvt.train.optim import CURVES, make_optimizer, make_scheduler
+from ffvt.train.options import DECAYS
 from tests.helpers import tiny_model
 
 
@@ -48,3 +49,7 @@ def test_layer_decay_lowers_the_rate_block_by_block():
     assert names["last_block.mlp.fc1.weight"] == 0.5
     assert [names[f"blocks.{i}.attn.qkv.weight"] for i in range(3)] == [1 / 16, 1 / 8, 1 / 4]
     assert names["patch_embed.proj.weight"] == names["cls_token"] == names["pos_embed"] == 1 / 32
+
+
+def test_every_decay_has_a_curve():
+    assert tuple(CURVES) == DECAYS

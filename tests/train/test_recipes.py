@@ -82,7 +82,7 @@ def test_two_nodes_meet_through_torchruns_rendezvous(tmp_path):
 def test_recipes_are_the_authors_commands(name):
     ours = parse_training_flags(["--recipe", name])
     theirs = parse_training_flags(AUTHORS_COMMANDS["CUB" if name == "cub" else name].split())
-    free = {"name": name, "pretrained_dir": "", "cache_dir": "cache"}
+    free = {"name": name, "pretrained_dir": "", "cache_dir": "cache", "fp16": False, "precision": "fp16"}
     if name == "dogs":
         free["dataset"] = "dog"  # printed as CUB
     assert ours == replace(theirs, **free)
@@ -96,7 +96,13 @@ def test_the_partbirds_recipe_is_the_demo():
 def test_flags_beside_a_recipe_override_it_wherever_they_stand():
     for arguments in (["--recipe", "cub", "--num_steps", "7"], ["--num_steps", "7", "--recipe", "cub"]):
         options = parse_training_flags(arguments)
-        assert (options.name, options.num_steps, options.eval_every, options.fp16) == ("cub", 7, 200, True)
+        assert (options.name, options.num_steps, options.eval_every, options.precision) == ("cub", 7, 200, "fp16")
+
+
+def test_what_a_recipe_switches_on_can_be_switched_off():
+    options = parse_training_flags(["--recipe", "cub", "--no-feature_fusion", "--precision", "bf16"])
+    assert not options.feature_fusion
+    assert options.autocast_precision == "bf16"
 
 
 def test_every_recipe_has_a_file_and_every_file_a_recipe():
