@@ -35,7 +35,7 @@ def test_a_saved_program_loads_where_the_package_was_imported_first(tmp_path):
 
 
 def test_subpackages_are_attributes():
-    code = "import ffvt; ffvt.kernels.backends.info; ffvt.model.config.PRESETS"
+    code = "import ffvt; ffvt.kernels; ffvt.model"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -400,7 +400,5 @@ def test_the_counter_s_formulas_are_those_of_the_products():
 
 def test_an_unknown_backend_is_named():
     q = torch.randn(1, 5, 1, 4)
-    with pytest.raises(
-        ValueError, match="maws_select: backend must be one of triton, .*got backend='x'"
-    ):
+    with pytest.raises(ValueError, match="maws_select: backend must be one of triton, .*got backend='x'"):
         torch.ops.ffvt.maws_select(q, q, 2, None, 0, "x")
