@@ -2,7 +2,7 @@
 
     python recipes/partbirds.py
 
-Hardware, time and accuracy: 2 CPU cores (AMD EPYC), 61 seconds, 82.8 % of 800 test birds; colour alone gets 25 %.
+Hardware, time and accuracy: 2 CPU cores (AMD EPYC), 62 seconds, 80.9 % of 800 test birds; colour alone gets 25 %.
 Source of the accuracy: `make demo`.
 """
 

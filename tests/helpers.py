@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ffvt
 from benchmarks.oracle import explicit, rms, truth
+from ffvt.model.config import make_config
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
 
@@ -120,3 +121,27 @@ def relative_error(found: Tensor | np.ndarray, expected: np.ndarray) -> float:
     """Largest difference as a share of the largest expected magnitude."""
     found = found.detach().numpy() if isinstance(found, Tensor) else found
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# What changes how much a model computes and keeps, for the tests that count it.
+SMALL_MODEL = {"image_size": 112, "num_classes": 10, "depth": 4, "embed_dim": 192, "num_heads": 3, "mlp_dim": 768}
+MODEL_VARIANTS = [
+    {},
+    {"feature_fusion": False},
+    {"prune_dead_rows": False},
+    {"feature_fusion": False, "prune_dead_rows": False},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "feature_fusion": False},
+    {"dropout": 0.0},
+    {"layer_scale": 1.0, "qkv_bias": False},
+]
+
+
+def named(changes: dict) -> str:
+    """The changes of a variant, as the name of its test."""
+    return "-".join(f"{key}={value}" for key, value in changes.items()) or "default"
+
+
+def small_config(**changes) -> ffvt.FFVTConfig:
+    """A small ViT-S/16."""
+    return make_config("vit_s16", **{**SMALL_MODEL, **changes})

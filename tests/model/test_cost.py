@@ -10,27 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ffvt.model.config import make_config
 from ffvt.model.cost import flops_per_image, num_parameters
 from ffvt.model.ffvt import from_config
+from tests.helpers import MODEL_VARIANTS, named, small_config
 
-SMALL = {"image_size": 112, "num_classes": 10, "depth": 4, "embed_dim": 192, "num_heads": 3, "mlp_dim": 768}
 ATEN = torch.ops.aten
-VARIANTS = [
-    {},
-    {"feature_fusion": False},
-    {"prune_dead_rows": False},
-    {"feature_fusion": False, "prune_dead_rows": False},
-    {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "feature_fusion": False},
-    {"dropout": 0.0},
-    {"layer_scale": 1.0, "qkv_bias": False},
-]
-
-
-def named(changes):
-    return "-".join(f"{key}={value}" for key, value in changes.items()) or "default"
-
-
-def small_config(**changes):
-    return make_config("vit_s16", **{**SMALL, **changes})
 
 
 def counts_of_sdpa():
@@ -56,7 +38,7 @@ def counted_flops(model, batch, training):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=named)
+@pytest.mark.parametrize("changes", MODEL_VARIANTS, ids=named)
 def test_operations_are_those_that_pytorch_counts(changes):
     model = from_config(small_config(**changes))
     assert counted_flops(model, 2, training=False) == 2 * flops_per_image(model.config)
@@ -75,7 +57,7 @@ def test_what_is_computed_twice_counts_only_where_asked():
     assert 1.3 < again / once < 1.4
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=named)
+@pytest.mark.parametrize("changes", MODEL_VARIANTS, ids=named)
 def test_parameters_are_counted_without_making_them(changes):
     config = small_config(**changes)
     assert num_parameters(config) == sum(p.numel() for p in from_config(config).parameters())

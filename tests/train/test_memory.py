@@ -14,27 +14,9 @@ from ffvt.train.memory import saved_activations, training_memory
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
 from ffvt.train.step import Preparation, training_step
+from tests.helpers import MODEL_VARIANTS, named, small_config
 
 CPU = torch.device("cpu")
-SMALL = {"image_size": 112, "num_classes": 10, "depth": 4, "embed_dim": 192, "num_heads": 3, "mlp_dim": 768}
-VARIANTS = [
-    {},
-    {"feature_fusion": False},
-    {"prune_dead_rows": False},
-    {"feature_fusion": False, "prune_dead_rows": False},
-    {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "feature_fusion": False},
-    {"dropout": 0.0},
-    {"layer_scale": 1.0, "qkv_bias": False},
-]
-
-
-def named(changes):
-    return "-".join(f"{key}={value}" for key, value in changes.items()) or "default"
-
-
-def small_config(**changes):
-    return make_config("vit_s16", **{**SMALL, **changes})
 
 
 def bytes_kept_by_autograd(config, batch, precision):
@@ -57,7 +39,7 @@ def bytes_kept_by_autograd(config, batch, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("changes", VARIANTS, ids=named)
+@pytest.mark.parametrize("changes", MODEL_VARIANTS, ids=named)
 def test_saved_activations_are_those_that_autograd_keeps_to_the_byte(changes, precision):
     config = small_config(**changes)
     kept = bytes_kept_by_autograd(config, 3, precision)
