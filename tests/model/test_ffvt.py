@@ -80,7 +80,17 @@ def test_every_layer_picks_and_scores_as_the_authors_do(prune_dead_rows):
     assert relative_error(selection.score, arrays["scores"]) < 1e-5
 
 
+@pytest.fixture
+def one_thread():
+    """The number of threads decides the order of sums, and so the rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @both_ways
+@pytest.mark.usefixtures("one_thread")
 def test_thirty_training_steps_follow_the_authors_losses_and_rates(prune_dead_rows):
     import numpy as np
 
@@ -101,10 +111,9 @@ def test_thirty_training_steps_follow_the_authors_losses_and_rates(prune_dead_ro
         optimizer.zero_grad()
         losses.append(loss.item())
     assert rates == pytest.approx(arrays["train_lrs"].tolist(), rel=1e-6)
-    # From step 10 on rounding grows past 1e-5 whoever computes: with PyTorch's SDPA on two threads the curve is 1.1e-5
-    # away there, the authors' form itself moves by 6e-5 between one and two threads, and our fp64 run is 6e-4 away.
-    assert losses[:9] == pytest.approx(arrays["train_losses"][:9].tolist(), rel=1e-5)
-    assert losses[:12] == pytest.approx(arrays["train_losses"][:12].tolist(), rel=2e-5)
+    # From step 13 on rounding has grown past 1e-5 whoever computes: the authors' form itself moves by 6e-5 between one
+    # and two threads, and our fp64 run is 6e-4 away from the golden curve.
+    assert losses[:12] == pytest.approx(arrays["train_losses"][:12].tolist(), rel=1e-5)
     assert losses == pytest.approx(arrays["train_losses"].tolist(), rel=1e-3)
 
 
