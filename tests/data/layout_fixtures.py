@@ -13,6 +13,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
+from ffvt.data.datasets import open_split
+
 CLASSES, TRAIN, TEST = 3, 2, 1  # pictures per class and split
 SIZE = (50, 40)
 
@@ -200,3 +202,11 @@ LAYOUT_WRITERS: dict[str, Callable[[Path], Path]] = {
     "imagefolder": write_imagefolder,
     "csv": write_csv,
 }
+
+
+def folder_images(root, split, size, classes=None):
+    return open_split("imagefolder", split, size, size, str(root), classes=classes)
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes()[:60])

@@ -67,7 +67,7 @@ def test_the_operators_tests_pass_with_each_capability_forced(capability):
     assert run_python(shown, forced(capability)) == f"{capability} cpp"
     files = [
         f"tests/kernels/test_{name}.py" for name in ("maws_attention", "gather_tokens", "registration", "backend_cpp")
-    ] + ["tests/data/test_datasets.py"]
+    ] + ["tests/data/test_transforms.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cpp and not slow", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=forced(capability), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
