@@ -13,7 +13,7 @@ namespace ffvt {
 
 constexpr int64_t kTile = 64;  // queries of a tile
 static_assert(kTile == kPanel, "a tile of queries is one B operand");
-constexpr int64_t kBlock = 256;    // keys of a block
+constexpr int64_t kBlock = 256;  // keys of a block
 
 // Degree of the polynomial of 2^r, for results of this dtype.
 template <typename scalar_t>
