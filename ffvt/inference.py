@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ffvt.data.datasets import open_split, recipe_of
+from ffvt.data.images import load_image
 from ffvt.data.sampling import EvaluationView
-from ffvt.data.transforms import evaluation_view, load_image, normalize
+from ffvt.data.transforms import evaluation_view, normalize
 from ffvt.model.ffvt import FFVT, Selection
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World

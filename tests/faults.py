@@ -29,7 +29,8 @@ from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import LOG_FILE, read_log
 from tests.helpers import SMALL, flags, torchrun, values
-from tests.hostile import HOSTILE, refused
+from tests.hostile import all_cases
+from tests.hostile.case import outcome
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ffvt.train.engine"])  # a new process starts with PyTorch imported
@@ -235,10 +236,17 @@ def campaigns() -> Iterator[tuple[str, int, int]]:
         yield "one byte changed: noticed, the previous checkpoint taken", flipped_bytes(folder, 50), 50
         yield "a worker killed under torchrun, 1 restart: the same end", int(worker_killed_under_torchrun(folder)), 1
         yield "disk full: training goes on, the old checkpoint loads", int(full_disk(folder)), 1
-        for number, kind in enumerate(HOSTILE):
-            own = folder / f"hostile{number}"
-            own.mkdir()
-            yield f"{kind}: refused by name, without side effects", int(refused(kind, own)), 1
+        cases = all_cases()
+        for group in dict.fromkeys(case.group for case in cases):
+            held = tried = 0
+            for case in (case for case in cases if case.group == group):
+                own = folder / f"hostile{group}{tried}" / "own"
+                own.mkdir(parents=True)
+                problem = outcome(case, own)
+                held, tried = held + (not problem), tried + 1
+                if problem:
+                    print(f"{group}, {case.name}: {problem}", flush=True)
+            yield f"hostile, {group}: held", held, tried
 
 
 if __name__ == "__main__":

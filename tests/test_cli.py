@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ffvt.cli import main
-from ffvt.data.transforms import center_crop, load_image, normalize
+from ffvt.data.images import load_image
+from ffvt.data.transforms import center_crop, normalize
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.version import __version__
 from tests.helpers import SMALL, flags

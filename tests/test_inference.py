@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ffvt.data.transforms import center_crop, load_image, normalize
+from ffvt.data.images import load_image
+from ffvt.data.transforms import center_crop, normalize
 from ffvt.inference import evaluate_checkpoint, load
 from ffvt.train.distributed import World
 from ffvt.train.engine import train

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ffvt.data.transforms import load_image
+from ffvt.data.images import load_image
 from ffvt.files import file_digest, new_folder
 
 log = logging.getLogger("ffvt")

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ffvt.data.cache import open_cached
+from ffvt.data.images import load_image
 from ffvt.data.layouts import CIFAR, Listing, canonical_name, read_cifar, read_listing
 from ffvt.data.partbirds import PRESETS as PARTBIRDS_PRESETS
 from ffvt.data.partbirds import PartBirds
-from ffvt.data.transforms import PLAIN, RECIPES, Recipe, load_image
+from ffvt.data.transforms import PLAIN, RECIPES, Recipe
 
 
 class ImageSet(Protocol):

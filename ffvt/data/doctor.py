@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ffvt.data.archives import extract_archive
+from ffvt.data.images import load_image
 from ffvt.data.layouts import CIFAR, LAYOUTS, Layout, Listing, canonical_name, find_root, read_cifar, read_listing
-from ffvt.data.transforms import load_image
 from ffvt.files import file_digest
 
 SPLITS = ("train", "test")

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ffvt.data.datasets import ImageSet, describe
-from ffvt.data.transforms import PLAIN, UNREADABLE, Recipe, evaluation_view, patches_in_box, random_view
+from ffvt.data.images import UNREADABLE
+from ffvt.data.transforms import PLAIN, Recipe, evaluation_view, patches_in_box, random_view
 
 log = logging.getLogger("ffvt")
 

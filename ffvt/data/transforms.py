@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -23,7 +20,6 @@ from ffvt.kernels.backends import forced_backend, resolve
 from ffvt.kernels.reference import ORDERS
 
 NO_JITTER = torch.tensor([1.0, 1.0, 1.0, 0.0])
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL's ways to refuse a file
 
 
 @dataclass(frozen=True)
@@ -56,32 +52,6 @@ RECIPES = {  # the authors'; NABirds, of which they give none, is treated as CUB
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
 }
-
-
-def load_image(path: str | Path, size: int) -> Tensor:
-    """A picture file as uint8 (3, size, size), resized bilinearly to a square as the authors do.
-
-    Greyscale and palettes become RGB, 16-bit greyscale is scaled to 8 bits, alpha and EXIF orientation are ignored.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it is no readable picture; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            resized = _to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
-    except FileNotFoundError:
-        raise
-    except UNREADABLE as error:
-        raise ValueError(f"load_image: path must be a readable picture; got {str(path)!r}: {error}") from error
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    return image.convert("RGB")
 
 
 def random_view(image: Tensor, size: int, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,9 @@ from torch.utils.data import DataLoader
 from ffvt.data import cache
 from ffvt.data.cache import cache_key, open_cached
 from ffvt.data.datasets import open_split
+from ffvt.data.images import load_image
 from ffvt.data.layouts import read_listing
 from ffvt.data.sampling import EvaluationView, TrainingView
-from ffvt.data.transforms import (
-    load_image,
-)
 from tests.data.layout_fixtures import picture, spoil
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from ffvt.data.images import load_image
 from ffvt.data.transforms import (
     ORDERS,
     PLAIN,
@@ -16,7 +17,6 @@ from ffvt.data.transforms import (
     center_crop,
     draw_jitter,
     evaluation_view,
-    load_image,
     normalize,
     random_crop_flip,
     random_view,

@@ -1,4 +1,4 @@
-"""Inputs that must be refused: each with what it is given to. `python -m tests.faults` counts them."""
+"""One or two of every kind: archives, weights, pictures, lists, models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,9 @@ from PIL import Image
 
 import ffvt
 from ffvt.data.archives import extract_archive
+from ffvt.data.images import load_image
 from ffvt.data.layouts import read_listing
-from ffvt.data.transforms import load_image
+from tests.hostile.case import Case
 
 
 class Touch:
@@ -112,30 +112,18 @@ def _write_leaves(root: Path, train: list[str], test: list[str]) -> None:
         (root / "anno" / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {  # name: what is done, and what the refusal must name
-    "tar that leads outside": (escaping_tar, "../escaped.txt"),
-    "zip that leads outside": (escaping_zip, "../escaped.txt"),
-    "pickle as .bin": (pickled_weights, "weights.bin"),
-    "pickle in a torch.save file": (pickled_weights_in_torchs_format, "weights.bin"),
-    "object array in .npz": (object_array, "weights.npz"),
-    "decompression bomb, PNG": (bomb_png, "bomb.png"),
-    "truncated JPEG": (truncated_jpeg, "half.jpg"),
-    "label out of range": (label_out_of_range, "got 8"),
-    "class without pictures": (empty_class, "'2'"),
-    "missing file in a list": (missing_file_in_list, "7.png"),
-    "list that leads outside": (list_that_leads_outside, "secret.png"),
-    "image size that does not divide": (sizes_that_do_not_divide, "got image_size=450"),
-    "images that are not square": (images_that_are_not_square, "got images.shape=(1, 3, 64, 48)"),
-}
-
-
-def refused(name: str, folder: Path) -> bool:
-    """Whether the input is refused by a ValueError that names what is wrong, and nothing has come of it."""
-    attempt, named = HOSTILE[name]
-    try:
-        attempt(folder)
-    except ValueError as error:
-        nothing_ran = not list(folder.parent.rglob("escaped.txt"))
-        data = folder / "data"
-        return named in str(error) and nothing_ran and not (data.exists() and list(data.iterdir()))
-    return False
+CASES = [
+    Case("archives", "tar that leads outside", escaping_tar, "../escaped.txt"),
+    Case("archives", "zip that leads outside", escaping_zip, "../escaped.txt"),
+    Case("weights", "pickle as .bin", pickled_weights, "weights.bin"),
+    Case("weights", "pickle in a torch.save file", pickled_weights_in_torchs_format, "weights.bin"),
+    Case("weights", "object array in .npz", object_array, "weights.npz"),
+    Case("pictures", "decompression bomb, PNG", bomb_png, "bomb.png"),
+    Case("pictures", "truncated JPEG", truncated_jpeg, "half.jpg"),
+    Case("lists", "label out of range", label_out_of_range, "got 8"),
+    Case("lists", "class without pictures", empty_class, "'2'"),
+    Case("lists", "missing file in a list", missing_file_in_list, "7.png"),
+    Case("lists", "list that leads outside", list_that_leads_outside, "secret.png"),
+    Case("model", "image size that does not divide", sizes_that_do_not_divide, "got image_size=450"),
+    Case("model", "images that are not square", images_that_are_not_square, "got images.shape=(1, 3, 64, 48)"),
+]
