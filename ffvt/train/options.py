@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -16,12 +16,14 @@ from ffvt.data.layouts import DATASETS, canonical_name
 from ffvt.errors import require
 from ffvt.model.config import AUTHORS_NAMES, LAST_BLOCKS, PRESETS
 from ffvt.precision import PRECISIONS
+from ffvt.train.config_file import config_flags
 from ffvt.train.recipes import RECIPES
 
 OPTIMIZERS = ("sgd", "adamw")
 DECAYS = ("cosine", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and --precision decide
+IN_EPOCHS = {"epochs": "num_steps", "warmup_epochs": "warmup_steps", "eval_epochs": "eval_every"}
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 
 DATA, MODEL, OPTIMISER, SCHEDULE = "data", "model", "optimiser", "schedule"
@@ -93,6 +95,12 @@ class TrainOptions:
 
     num_steps: int = option(10000, "optimiser steps", SCHEDULE, authors=True, at_least=1)
     warmup_steps: int = option(500, "steps of linear warm-up", SCHEDULE, authors=True, at_least=0)
+    epochs: float | None = option(
+        None, "passes over the training images; replaces num_steps", SCHEDULE, kind=float, above=0
+    )
+    warmup_epochs: float | None = option(
+        None, "the warm-up in epochs; replaces warmup_steps", SCHEDULE, kind=float, at_least=0
+    )
     decay_type: str = option("cosine", "decay after the warm-up", SCHEDULE, authors=True, choices=DECAYS)
     train_batch_size: int = option(8, "images per process and optimiser step", SCHEDULE, authors=True, at_least=1)
     gradient_accumulation_steps: int = option(
@@ -125,6 +133,12 @@ class TrainOptions:
     eval_every: int = option(
         200, "steps between evaluations; the end is always evaluated", EVALUATION, authors=True, at_least=1
     )
+    eval_epochs: float | None = option(
+        None, "epochs between evaluations; replaces eval_every", EVALUATION, kind=float, above=0
+    )
+    early_stopping: int = option(
+        0, "end after this many evaluations in a row without a new best, 0: never", EVALUATION, at_least=0
+    )
     eval_batch_size: int = option(16, "images per process and evaluation step", EVALUATION, authors=True, at_least=1)
     eval_split: str = option("test", "split that is evaluated", EVALUATION)
     skip_bad_images: bool = option(False, "leave unreadable images out of evaluations instead of stopping", EVALUATION)
@@ -156,7 +170,7 @@ class TrainOptions:
         name, value, limits = declared.name, getattr(self, declared.name), declared.metadata["limits"]
         if isinstance(value, float):
             self._require(math.isfinite(value), name, "finite")
-        for kind, limit in limits.items():
+        for kind, limit in limits.items() if value is not None else ():
             holds, must = _limit(kind, limit, value)
             self._require(holds, name, must)
 
@@ -174,6 +188,13 @@ class TrainOptions:
         same = ("feature_fusion", "first_candidate", "dropout", "gradient_checkpointing")
         sizes = {"image_size": self.img_size, "num_classes": num_classes, "num_select": self.num_token}
         return {**given, **{name: getattr(self, name) for name in same}, **sizes}
+
+    def in_steps(self, images: int, world_size: int) -> TrainOptions:
+        """These options with what is given in epochs turned into steps, for so many training images and processes."""
+        per_epoch = images / (self.train_batch_size * world_size)
+        given = {steps: getattr(self, epochs) for epochs, steps in IN_EPOCHS.items()}
+        steps = {name: round(count * per_epoch) for name, count in given.items() if count is not None}
+        return replace(self, **{name: max(count, int(name != "warmup_steps")) for name, count in steps.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON."""
@@ -195,10 +216,12 @@ def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for every training option, by topic, and --recipe."""
+    """Adds a flag for every training option, by topic, --recipe and --config."""
     known = "; ".join(f"{name} ({recipe.known})" for name, recipe in RECIPES.items()).replace("%", "%%")
     help = f"start from the flags of a recipe, which the flags beside it override: {known}"
     parser.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=help)
+    help = "read options from a YAML file, such as a run's config.yaml; it overrides a recipe, flags override it"
+    parser.add_argument("--config", metavar="FILE", help=help)
     groups: dict[str, Any] = {}
     for declared in fields(TrainOptions):
         facts = declared.metadata
@@ -227,13 +250,15 @@ def _add_flag(group: Any, name: str, default: Any, facts: Mapping[str, Any]) -> 
 def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> TrainOptions:
     """The options in a command line; `parser` has the training flags, and perhaps more.
 
-    A recipe's flags come first, so that those in `arguments` override them, wherever they stand. Exits with a usage
-    message where an option does not hold.
+    A recipe's flags come first, then those of a file, so that those in `arguments` override them, wherever they stand.
+    Exits with a usage message where an option does not hold.
     """
     values = parser.parse_args(arguments)
-    if values.recipe:
-        values = parser.parse_args([*RECIPES[values.recipe].flags.split(), *arguments])
+    defaults = {declared.name: declared.default for declared in fields(TrainOptions)}
     try:
+        recipe = RECIPES[values.recipe].flags.split() if values.recipe else []
+        file = config_flags(values.config, defaults) if values.config else []
+        values = parser.parse_args([*recipe, *file, *arguments])
         return TrainOptions(**{declared.name: getattr(values, declared.name) for declared in fields(TrainOptions)})
     except ValueError as error:
         parser.error(str(error))

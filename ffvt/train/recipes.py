@@ -19,6 +19,12 @@ class TrainingRecipe:
 
 
 RECIPES = {
+    "finetune": TrainingRecipe(
+        "--name finetune --dataset imagefolder --feature_fusion --last_block pretrained --first_candidate 1 "
+        "--dropout 0 --train_batch_size 32 --learning_rate 0.02 --epochs 7 --warmup_epochs 0.4 --eval_epochs 1 "
+        "--val_split 0.1 --cache_dir cache",
+        "images of your own, from pretrained weights",
+    ),
     "cub": TrainingRecipe(
         "--name cub --dataset CUB --model_type ViT-B_16 --img_size 448 --resize_size 600 --train_batch_size 8 "
         "--learning_rate 0.02 --num_steps 10000 --precision fp16 --eval_every 200 --feature_fusion --cache_dir cache",

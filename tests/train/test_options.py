@@ -116,3 +116,12 @@ def test_the_help_is_grouped_by_topic_and_marks_the_authors_flags():
 
 def test_choices_are_those_of_the_code_that_takes_them():
     assert tuple(OPTIMIZER_TENSORS) == OPTIMIZERS
+
+
+def test_epochs_become_steps_of_all_processes():
+    options = TrainOptions(train_batch_size=8, epochs=3, warmup_epochs=0.5, eval_epochs=1)
+    steps = options.in_steps(images=100, world_size=2)
+    assert (steps.num_steps, steps.warmup_steps, steps.eval_every) == (19, 3, 6)
+    least = TrainOptions(epochs=0.01, warmup_epochs=0, eval_epochs=0.01).in_steps(images=10, world_size=1)
+    assert (least.num_steps, least.warmup_steps, least.eval_every) == (1, 0, 1)
+    assert TrainOptions(num_steps=7).in_steps(images=10, world_size=3) == TrainOptions(num_steps=7)

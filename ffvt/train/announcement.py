@@ -1,0 +1,60 @@
+"""What a run says before its first step: what it trains, on what, for how long, and which options look like mistakes."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from ffvt.kernels.backends import info
+from ffvt.model.selection import SelectingModel
+from ffvt.train.data import Data
+from ffvt.train.options import TrainOptions
+from ffvt.train.state import TrainState
+
+HIGH_ADAMW_RATE = 5e-3  # AdamW moves every weight by about the learning rate; SGD's usual rates are far larger
+SMALL_SET = 20_000  # images, the largest of the authors' data sets has about as many
+
+
+def announcement(state: TrainState, data: Data) -> str:
+    """The model, the images and the schedule of a run, in three lines."""
+    options, world = state.options, state.world
+    parameters = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
+    is_fused = isinstance(state.model, SelectingModel)
+    kind = f"FFVT, {options.num_token} tokens picked by each block" if is_fused else "plain ViT (no --feature_fusion)"
+    validation = "" if data.test is data.validation else f"{len(data.validation):,} {data.validation_split}, "
+    batch = options.train_batch_size * world.size
+    ranks = f" on {world.size} processes" if world.size > 1 else ""
+    return (
+        f"model: {options.model_type}, {kind}, {parameters:.1f} M parameters, images of {options.img_size} pixels\n"
+        f"data: {options.dataset}, {len(data.train):,} training, {validation}{len(data.test):,} {options.eval_split} "
+        f"images, {len(data.classes):,} classes\n"
+        f"schedule: {options.num_steps:,} steps of {batch} images{ranks}, "
+        f"{options.num_steps * batch / len(data.train):.1f} epochs, in {options.autocast_precision} on {_device(world.device)}"
+    )
+
+
+def _device(device: torch.device) -> str:
+    serving = info()["devices"][device.type]["serves"]
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, attention by {serving}"
+    name = f" ({platform.processor()})" if platform.processor() else ""
+    return f"the CPU{name}, {torch.get_num_threads()} threads, attention by {serving}"
+
+
+def advice(options: TrainOptions, images: int) -> list[str]:
+    """Options that look like mistakes, each in a line. images: of the training set."""
+    found = []
+    if options.warmup_steps >= options.num_steps:
+        found.append(
+            f"warmup_steps={options.warmup_steps} is not below num_steps={options.num_steps}: the learning rate never "
+            "reaches its peak"
+        )
+    if options.optimizer == "adamw" and options.learning_rate > HIGH_ADAMW_RATE:
+        found.append(f"learning_rate={options.learning_rate:g} is a rate for SGD; AdamW usually takes 1e-5 to 1e-3")
+    if options.feature_fusion and options.pretrained_dir and images < SMALL_SET and options.last_block == "random":
+        found.append(
+            f"the authors' defaults fit large sets; {images:,} images usually do better with the switches of "
+            "--recipe finetune: --last_block pretrained --first_candidate 1 --dropout 0"
+        )
+    return found
