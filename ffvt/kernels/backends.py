@@ -166,7 +166,9 @@ def _missing(backend: str) -> list[str]:
 def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> None:
     if (operator, device, name) not in _announced:
         _announced.add((operator, device, name))
-        log.info("%s on %s: served by %s%s", operator, device, name, f" ({', '.join(passed_over)})" * bool(passed_over))
+        level = logging.INFO if passed_over else logging.DEBUG  # the usual choice is in `info()`
+        why = f" ({', '.join(passed_over)})" if passed_over else ""
+        log.log(level, "%s on %s: served by %s%s", operator, device, name, why)
 
 
 def extension_info() -> dict[str, Any]:

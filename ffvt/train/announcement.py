@@ -1,4 +1,4 @@
-"""What a run says before its first step: what it trains, on what, for how long, and which options look like mistakes."""
+"""What a run says before its first step: model, images, schedule, and which options look like mistakes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def announcement(state: TrainState, data: Data) -> str:
     validation = "" if data.test is data.validation else f"{len(data.validation):,} {data.validation_split}, "
     batch = options.train_batch_size * world.size
     ranks = f" on {world.size} processes" if world.size > 1 else ""
+    epochs = options.num_steps * batch / len(data.train)
     return (
         f"model: {options.model_type}, {kind}, {parameters:.1f} M parameters, images of {options.img_size} pixels\n"
         f"data: {options.dataset}, {len(data.train):,} training, {validation}{len(data.test):,} {options.eval_split} "
         f"images, {len(data.classes):,} classes\n"
-        f"schedule: {options.num_steps:,} steps of {batch} images{ranks}, "
-        f"{options.num_steps * batch / len(data.train):.1f} epochs, in {options.autocast_precision} on {_device(world.device)}"
+        f"schedule: {options.num_steps:,} steps of {batch} images{ranks}, {epochs:.1f} epochs, in "
+        f"{options.autocast_precision} on {_device(world.device)}"
     )
 
 

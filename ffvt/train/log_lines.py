@@ -23,6 +23,8 @@ from ffvt.version import __version__
 
 log = logging.getLogger("ffvt")
 
+NAMED = 3  # images that a message names
+
 
 def facts_of(options: TrainOptions, world: World, data: Data, peak_flops: float) -> dict[str, Any]:
     """What a run is: its first line. peak_flops: operations per second of large matrix products here."""
@@ -67,7 +69,20 @@ class LogLines:
             mfu=images_per_second * self.flops_per_image / self.peak_flops,
             skipped=state.skipped,
         )
-        self.log.show(loss=f"{loss:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")
+        if self.log.has_bar:
+            self.log.show(loss=f"{loss:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")
+        elif state.world.is_main:
+            self._say(loss, rate, images_per_second)
+
+    def _say(self, loss: float, rate: float, images_per_second: float) -> None:
+        """The same in a line, where no terminal has a bar."""
+        state, options = self.state, self.state.options
+        left = (options.num_steps - state.step) * options.train_batch_size * state.world.size / images_per_second
+        log.info(
+            "step %d of %d, epoch %.2f: loss %.4f, learning rate %.2e, %.3g images/s, %s left",
+            *(state.step, options.num_steps, state.samples / len(self.data.train)),
+            *(loss, rate, images_per_second, duration(left)),
+        )
 
     def evaluation(self, step: int, split: str, score: Score, **which: str) -> None:
         """The score of the model of a step."""
@@ -98,7 +113,9 @@ class LogLines:
         if state.skipped_in_a_row > limit:
             raise FloatingPointError(
                 f"train: loss and gradients must be finite; got inf or NaN in {limit + 1} steps in a row, the last at "
-                f"step {state.step} with {', '.join(names)}"
+                f"step {state.step} with {', '.join(names[:NAMED])}{' and others' * (len(names) > NAMED)}. What helps "
+                f"most often: a lower learning_rate (it is {state.options.learning_rate:g}), max_grad_norm=1 (it is "
+                f"{state.options.max_grad_norm:g}), bf16 or fp32 instead of fp16"
             )
 
     def end(self, last: Score | None, best: Score | None, seconds: float, stopped: bool) -> None:
@@ -108,3 +125,14 @@ class LogLines:
         self.log.write("stop" if stopped else "end", step=state.step, **scores, seconds=seconds)
         if stopped and state.world.is_main:
             log.warning("stopped at step %d of %d; --resume auto resumes", state.step, state.options.num_steps)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"

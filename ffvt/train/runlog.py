@@ -45,8 +45,8 @@ class RunLog:
                 _drop_unfinished_line(folder / LOG_FILE)
             self.file = (folder / LOG_FILE).open("a" if append else "w")
             self.board = _summary_writer(folder) if tensorboard else None
-        shown = enabled and sys.stderr.isatty()
-        self.progress = tqdm(total=num_steps, initial=start, desc=name, disable=not shown)
+        self.has_bar = enabled and sys.stderr.isatty()
+        self.progress = tqdm(total=num_steps, initial=start, desc=name, disable=not self.has_bar)
 
     def write(self, kind: str, **values: Any) -> None:
         """One line of a kind."""

@@ -1,0 +1,34 @@
+"""What a run says before its first step."""
+
+import pytest
+
+from ffvt.train.announcement import advice
+from ffvt.train.options import TrainOptions
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "said"),
+    [
+        ({"num_steps": 40}, 100, "warmup_steps=500 is not below num_steps=40"),
+        ({"num_steps": 500}, 100, "warmup_steps=500 is not below num_steps=500"),
+        ({"optimizer": "adamw"}, 100, "learning_rate=0.03 is a rate for SGD"),
+        ({"feature_fusion": True, "pretrained_dir": "w.npz"}, 2376, "2,376 images usually do better with"),
+    ],
+)
+def test_options_that_look_like_mistakes_are_named(changes, images, said):
+    (line,) = advice(TrainOptions(**changes), images)
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "images"),
+    [
+        ({}, 100),
+        ({"optimizer": "adamw", "learning_rate": 5e-3}, 100),
+        ({"feature_fusion": True, "pretrained_dir": "w.npz"}, 20_000),
+        ({"feature_fusion": True, "pretrained_dir": "w.npz", "last_block": "pretrained"}, 100),
+        ({"num_steps": 501}, 100),
+    ],
+)
+def test_sound_options_get_no_advice(changes, images):
+    assert advice(TrainOptions(**changes), images) == []
