@@ -72,16 +72,19 @@ def train(options: TrainOptions) -> TrainResult:
         started, stopped = time.perf_counter(), None
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
         data = open_data(options)
+        options = options.in_steps(len(data.train), world.size)
         state = TrainState(options, world, len(data.classes))
         peak_flops = measure_matmul_flops(world.device, dtype_of(options.autocast_precision))
         run.start(state, data, facts_of(options, world, data, peak_flops))
         lines = LogLines(run.log, state, data, peak_flops)
+        lines.start()
 
         state.parallel.train()
         if state.step and _is_due(state) and state.evaluated_step != state.step:  # it was stopped before that
             run.save(state, data, is_best=_evaluate(state, data, lines), must=False)
         prepare, throughput = Preparation(data.recipe), Throughput()
-        for images, labels, index, jitter, problems in data.batches(options, world, state.step, state.samples):
+        batches = () if _has_converged(state) else data.batches(options, world, state.step, state.samples)
+        for images, labels, index, jitter, problems in batches:
             lines.unreadable(problems)
             rate = state.scheduler.get_last_lr()[-1]
             step = training_step(state, images, labels, jitter, prepare, asked_to_stop.is_set())
@@ -93,13 +96,14 @@ def train(options: TrainOptions) -> TrainResult:
             if is_due or state.step % options.log_every == 0:
                 lines.training(rate, throughput)
             is_best = is_due and not step.stop and _evaluate(state, data, lines)
-            is_end = step.stop or state.step == options.num_steps
+            is_end = step.stop or state.step == options.num_steps or _has_converged(state)
             if is_best or is_end or state.step % options.save_every == 0:
                 run.save(state, data, is_best, must=step.stop)
             if is_due:
                 throughput.restart()
             if step.stop:
                 stopped = state.step
+            if is_end:
                 break
 
         last, best = (state.last, state.best) if stopped else _final_scores(state, data, run, lines)
@@ -112,6 +116,12 @@ def train(options: TrainOptions) -> TrainResult:
 def _is_due(state: TrainState) -> bool:
     """Whether the step just made is one to evaluate after."""
     return state.step % state.options.eval_every == 0 or state.step == state.options.num_steps
+
+
+def _has_converged(state: TrainState) -> bool:
+    """Whether the evaluation of this step is the last one that `early_stopping` allows without a new best."""
+    patience = state.options.early_stopping * state.options.eval_every  # steps
+    return bool(patience) and state.evaluated_step == state.step >= state.best_step + patience
 
 
 def _evaluate(state: TrainState, data: Data, lines: LogLines) -> bool:

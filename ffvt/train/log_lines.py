@@ -12,6 +12,7 @@ import torch
 
 from ffvt.data.datasets import describe
 from ffvt.model.cost import flops_per_image
+from ffvt.train.announcement import advice, announcement
 from ffvt.train.data import Data
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
@@ -49,6 +50,15 @@ class LogLines:
         self.flops_per_image = math.nan if config.backbone else flops_per_image(config, training=True)
         self.peak_flops = peak_flops * state.world.size
         self.warned: set[str] = set()
+
+    def start(self) -> None:
+        """What the run is, for people."""
+        if not self.state.world.is_main:
+            return
+        for line in announcement(self.state, self.data).splitlines():
+            log.info("%s", line)
+        for line in advice(self.state.options, len(self.data.train)):
+            log.warning("note: %s", line)
 
     def training(self, rate: float, throughput: Throughput) -> None:
         """The means since the last such line, unless every step since then was skipped."""
@@ -123,6 +133,9 @@ class LogLines:
         state = self.state
         scores = {name: score.summary() if score else None for name, score in (("last", last), ("best", best))}
         self.log.write("stop" if stopped else "end", step=state.step, **scores, seconds=seconds)
+        if state.step < state.options.num_steps and not stopped and state.world.is_main:
+            best = state.best_step
+            log.info("ended at step %d of %d: no new best since step %d", state.step, state.options.num_steps, best)
         if stopped and state.world.is_main:
             log.warning("stopped at step %d of %d; --resume auto resumes", state.step, state.options.num_steps)
 

@@ -20,6 +20,7 @@ from ffvt.train.checkpoint import (
     resume_at,
     save_checkpoint,
 )
+from ffvt.train.config_file import CONFIG_FILE, config_text
 from ffvt.train.data import Data
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
@@ -75,7 +76,7 @@ class RunFolder:
         Raises:
             ValueError: the checkpoint is none, is damaged, or does not fit the options, the classes or the model.
         """
-        options, on_main = self.options, self.world.on_main
+        options, on_main = state.options, self.world.on_main
         start = on_main(lambda: find_start(options, self.path))
         if start.checkpoint is not None:
             on_main(lambda: check_fit(start.checkpoint, options, data.classes))
@@ -94,10 +95,17 @@ class RunFolder:
         )
         self._open.callback(self.log.close)
         self.log.write("run", **facts)
+        on_main(lambda: self._write_config(options))
         if start.checkpoint is not None:
             self.log.write("resume", step=state.step, checkpoint=str(start.checkpoint))
             if self.world.is_main:
                 log.warning("resumed from %s, step %d of %d", start.checkpoint, state.step, options.num_steps)
+
+    def _write_config(self, options: TrainOptions) -> None:
+        try:
+            (self.path / CONFIG_FILE).write_text(config_text(options), encoding="utf-8")
+        except OSError as error:
+            log.warning("%s cannot be written, training continues without it: %s", self.path / CONFIG_FILE, error)
 
     def _prepare(self, start: Start, best_step: int) -> bool:
         """Makes the folder ready; whether the best checkpoint, of step `best_step`, is in it.
@@ -136,7 +144,7 @@ class RunFolder:
     def _write(self, state: TrainState, data: Data, captured: tuple, is_best: bool, must: bool) -> bool:
         model, tensors, plain = captured
         score = state.last if state.evaluated_step == state.step else None
-        facts = {"classes": data.classes, "resize_size": data.resize_size, "options": self.options.to_dict()}
+        facts = {"classes": data.classes, "resize_size": data.resize_size, "options": state.options.to_dict()}
         facts |= {"step": state.step, **(score.summary() if score else {})}
 
         def save_model(folder: Path) -> None:

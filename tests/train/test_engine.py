@@ -14,7 +14,7 @@ from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
 from ffvt.train.engine import train
 from ffvt.train.evaluate import evaluate
-from ffvt.train.options import TrainOptions
+from ffvt.train.options import TrainOptions, parse_training_flags
 from ffvt.train.runlog import read_log
 from tests import faults
 from tests.helpers import SMALL, values
@@ -107,3 +107,37 @@ def test_an_evaluation_whose_loss_is_not_finite_is_recorded_and_ends_nothing(tmp
     monkeypatch.undo()
     again = train(faults.options(tmp_path, "run", **{**QUIET, "resume": "auto"}))
     assert math.isnan(again.last.loss)
+
+
+def test_a_run_tells_what_it_trains_and_shows_every_step_where_no_terminal_is(tmp_path, caplog):
+    caplog.set_level("INFO", logger="ffvt")
+    train(faults.options(tmp_path, "run", **{**QUIET, "num_steps": 3, "eval_every": 3}))
+    said = caplog.text
+    assert "model: vit_s16, FFVT, 3 tokens picked by each block, 0.0 M parameters, images of 64 pixels" in said
+    assert "data: partbirds, 1,500 training, 300 test images, 9 classes" in said
+    assert "schedule: 3 steps of 8 images, 0.0 epochs, in fp32 on the CPU" in said
+    assert "note: warmup_steps=4 is not below num_steps=3" in said
+    assert [f"step {step} of 3, epoch 0.0" in said for step in (1, 2, 3)] == [True] * 3
+    assert "images/s, 0 s left" in said
+
+
+def test_epochs_decide_the_steps_and_the_config_of_a_run_repeats_it(tmp_path):
+    # 1,500 images in batches of 8
+    changes = {**QUIET, "epochs": 5 / 187.5, "warmup_epochs": 2 / 187.5, "eval_epochs": 3 / 187.5}
+    first = train(faults.options(tmp_path, "first", **changes))
+    assert [values(first.folder, kind, "step") for kind in ("train", "evaluate")] == [[1, 2, 3, 4, 5], [3, 5]]
+    options = parse_training_flags(["--config", str(first.folder / "config.yaml"), "--name", "second"])
+    assert (options.num_steps, options.warmup_steps, options.eval_every) == (5, 2, 3)
+    assert values(train(options).folder) == values(first.folder)
+
+
+def test_early_stopping_ends_a_run_that_finds_no_new_best_and_a_resumed_one_stays_ended(tmp_path):
+    changes = {**QUIET, "learning_rate": 1e-30, "num_steps": 40, "eval_every": 2, "early_stopping": 3}
+    result = train(faults.options(tmp_path, "run", **changes))
+    lines = read_log(result.folder)
+    assert [line["step"] for line in lines if line["kind"] == "evaluate"] == [2, 4, 6, 8]
+    assert (lines[-1]["kind"], lines[-1]["step"], result.stopped) == ("end", 8, None)
+    assert load_checkpoint(result.folder / "last").facts["step"] == 8
+    again = train(faults.options(tmp_path, "run", **{**changes, "resume": "auto"}))
+    assert again.last.summary() == result.last.summary()
+    assert values(again.folder, "train", "step")[-1] == 8
