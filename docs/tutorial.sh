@@ -32,8 +32,8 @@ head -3 predictions.csv
 
 ## Predict
 
-ffvt predict --checkpoint output/groceries --top 2 $DATA/test/01_Golden-Delicious | head -8
-ffvt visualize --checkpoint output/groceries --output gallery.html $DATA/test/01_Golden-Delicious
+ffvt predict --checkpoint output/groceries --top 2 $DATA/test/00_Golden-Delicious | head -8
+ffvt visualize --checkpoint output/groceries --output gallery.html $DATA/test/00_Golden-Delicious
 
 # The same from Python.
 cat > classify.py <<'PY'

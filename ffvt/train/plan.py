@@ -19,7 +19,7 @@ from ffvt.train.memory import Memory, training_memory
 from ffvt.train.options import TrainOptions
 from ffvt.train.throughput import measure_matmul_flops
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 USABLE = 0.9  # of the memory: the rest is for kernels' scratch, what the allocator loses, and the formula's error
 # Fraction of the matmul rate that a training step reaches, with what it computes twice: ViT-B/16 at 448, batch 4, bf16,
@@ -28,6 +28,7 @@ USABLE = 0.9  # of the memory: the rest is for kernels' scratch, what the alloca
 EFFICIENCY = {True: 0.70, False: 0.55}  # by feature_fusion
 MEASURED_ON = "ViT-B/16 at 448, bf16, 2 CPU cores; not measured on a GPU yet"
 MAX_BATCH = 1 << 20
+GRADIENTS = "gradients: of those there are at the peak, which is early in the backward"
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ def plan(
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GiB", "512 MB" or a plain number as bytes.
+    """ "24GiB" or "512 MB" as bytes.
 
     Raises:
-        ValueError: it is none of these, or less than a byte.
+        ValueError: it is no such size, has no unit, or is less than a byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     size = int(float(found[1]) * UNITS.get(found[2].upper(), 0)) if found else 0
-    require(size > 0, "plan", "memory", "a size such as 24GiB or 512MB", text)
+    require(size > 0, "plan", "memory", "a size with its unit, such as 24GiB or 512MB", text)
     return size
 
 
@@ -153,36 +154,39 @@ def describe_plan(
     device = here if options.device == "auto" else options.device
     if device == "cuda" and here == "cpu":
         require(bool(memory), "plan", "memory", "given for a GPU that is not here", memory)
-        require(tflops is not None, "plan", "tflops", "given for a GPU that is not here", tflops)
+        must = "given for a GPU that is not here (its dense peak in this precision; bf16: A100 312, H100 SXM 989)"
+        require(tflops is not None, "plan", "tflops", must, tflops)
     require(tflops is None or 0 < tflops < math.inf, "plan", "tflops", "positive", tflops)
     fields = options.model_fields(num_classes)
-    config = make_config(options.model_type, **{**fields, "feature_fusion": True})
-    is_plain = config.backbone is None
-    require(is_plain, "plan", "model_type", "a plain ViT's size: the hybrid is not counted", options.model_type)
+    plain = make_config(options.model_type, **{**fields, "feature_fusion": False})
+    is_counted = plain.backbone is None
+    require(is_counted, "plan", "model_type", "a plain ViT's size: the hybrid is not counted", options.model_type)
     available = parse_bytes(memory) if memory else free_memory(torch.device(device))
     precision = options.autocast_precision
     rate = measure_matmul_flops(torch.device(device), dtype_of(precision)) if tflops is None else tflops * 1e12
     choices = (options.optimizer, precision, options.ema_decay > 0, efficiency, device)
-    plans: list[Plan | None] = [plan(config, available, rate, *choices)]
-    try:
-        plans.append(plan(replace(config, feature_fusion=False), available, rate, *choices))
-    except ValueError:  # the control needs a little more than what was asked about
-        plans.append(None)
+    plans: dict[bool, Plan | None] = {True: None, False: None}
+    for fused in (not options.feature_fusion, options.feature_fusion):  # one of the two may not fit, or be no FFVT
+        try:
+            plans[fused] = plan(replace(plain, feature_fusion=fused), available, rate, *choices)
+        except ValueError:
+            if fused == options.feature_fusion and not any(plans.values()):
+                raise
     if json:
-        return to_json({name: found and asdict(found) for name, found in zip(("ffvt", "plain_vit"), plans)})
+        return to_json({name: found and asdict(found) for name, found in zip(("ffvt", "plain_vit"), plans.values())})
     title = (
         f"{options.model_type} at {options.img_size} px, {precision}, {options.optimizer}, {device}, "
         f"{USABLE:.0%} of {available / 2**30:.1f} GiB; memory at the peak of a step"
     )
-    fractions = " and ".join(f"{found.efficiency:.0%}" for found in plans if found)
+    fractions = " and ".join(f"{found.efficiency:.0%}" for found in plans.values() if found)
     source = "measured here" if tflops is None else "given"
     reached = f"reached on {MEASURED_ON}" if efficiency is None else "given"
     basis = f"{fractions} of {rate / 1e12:.3g} TFLOP/s of matmul ({source}); fraction {reached}."
-    return f"{title}\n{_table(plans)}\nimages/s: {basis}"
+    return f"{title}\n{_table(list(plans.values()), options)}\n{GRADIENTS}\nimages/s: {basis}"
 
 
-def _table(plans: list[Plan | None]) -> str:
-    """The plans of an FFVT and of the plain ViT side by side."""
+def _table(plans: list[Plan | None], options: TrainOptions) -> str:
+    """The plans of an FFVT and of the plain ViT side by side, with the time that a run of so many steps takes."""
     rows = [("", "FFVT", "plain ViT")]
 
     def add(name: str, show: Callable[[Plan], str]) -> None:
@@ -194,4 +198,8 @@ def _table(plans: list[Plan | None]) -> str:
         add(f"  {part.replace('_', ' ')}, GiB", lambda p, part=part: f"{getattr(p.memory, part) / 2**30:.2f}")
     add("GFLOP an image, forward and backward", lambda p: f"{p.flops_per_image / 1e9:.0f}")
     add("images/s expected", lambda p: f"{p.images_per_second:.3g}")
+    if options.epochs is None:  # else the number of steps depends on the images, which are not opened
+        images = options.num_steps * options.train_batch_size
+        name = f"{options.num_steps} steps of {options.train_batch_size}, hours"
+        add(name, lambda p: f"{images / p.images_per_second / 3600:.3g}")
     return "\n".join(f"{name:<38}{ffvt:>10}{plain:>12}" for name, ffvt, plain in rows)

@@ -78,11 +78,11 @@ def test_bad_arguments_are_named(argument, value):
 
 
 def test_sizes_are_read_as_written():
-    sizes = {"24GiB": 24 * GIB, "24 GB": 24 * 10**9, "1.5mib": 3 * 2**19, "3MB": 3 * 10**6, "512": 512}
+    sizes = {"24GiB": 24 * GIB, "24 GB": 24 * 10**9, "1.5mib": 3 * 2**19, "3MB": 3 * 10**6, "512B": 512}
     assert {text: parse_bytes(text) for text in sizes} == sizes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "24XB", "-1GiB", "0GiB", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["", "GiB", "24XB", "24", "-1GiB", "0GiB", "nan", "1e3"])
 def test_other_sizes_are_refused_and_named(text):
     with pytest.raises(ValueError, match=f"memory must be a size .*; got memory='{text}'"):
         parse_bytes(text)
@@ -121,7 +121,7 @@ def test_the_command_prints_json(capsys):
 def test_the_command_plans_ffvt_where_the_plain_model_does_not_fit(capsys):
     ffvt, plain = (training_memory(make_config("vit_s16", feature_fusion=fusion), 1).total for fusion in (True, False))
     assert ffvt < 0.99 * plain
-    between = str(int((ffvt + plain) / 2 / USABLE))
+    between = f"{int((ffvt + plain) / 2 / USABLE)}B"
     assert planned("--img_size", "448", "--memory", between, "--json", "--device", "cpu") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["ffvt"]["batch_size"] == 1
@@ -158,3 +158,19 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(capsys):
 def test_the_hybrid_is_refused_by_name(capsys):
     assert planned("--model_type", "r50_vit_b16", "--memory", "24GiB", "--device", "cpu") == 1
     assert "got model_type='r50_vit_b16'" in capsys.readouterr().err
+
+
+def test_a_plain_model_that_is_no_ffvt_is_planned_alone(capsys):
+    assert planned("--depth", "1", "--memory", "8GiB", "--device", "cpu", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ffvt"] is None
+    assert shown["plain_vit"]["batch_size"] > 1
+
+
+def test_a_whole_runs_time_is_told(capsys):
+    assert planned("--memory", "8GiB", "--device", "cpu", "--num_steps", "7200", "--train_batch_size", "10") == 0
+    rows = {line[:38].strip(): line[38:].split() for line in capsys.readouterr().out.splitlines()}
+    rates = [float(rate) for rate in rows["images/s expected"]]
+    assert [float(hours) for hours in rows["7200 steps of 10, hours"]] == pytest.approx(
+        [20 / rate for rate in rates], rel=0.01
+    )
