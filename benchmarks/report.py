@@ -1,10 +1,10 @@
-"""Puts the tables of the measured results into README.md.
+"""Puts the tables of the measured results into README.md and docs/*.md.
 
-    python -m benchmarks.report            rewrite README.md
-    python -m benchmarks.report --check    change nothing; exit 1 if README.md is out of date
+    python -m benchmarks.report            rewrite the pages
+    python -m benchmarks.report --check    change nothing; exit 1 if a page is out of date
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
-benchmark NAME found. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
+benchmark NAME found, on the one page that has it. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
 wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios` one of error ratios; lines
 with `tried` one of counts. Other lines are passed over.
 """
@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, ROOT
@@ -46,43 +46,47 @@ def read_results(folder: Path) -> list[Record]:
     return records
 
 
-def update(text: str, records: Iterable[Record]) -> str:
-    """README text with the section of every benchmark among the records replaced.
+def update(pages: Mapping[Path, str], records: Iterable[Record]) -> dict[Path, str]:
+    """The pages' texts with the section of every benchmark among the records replaced.
 
     Raises:
         ReportError: a benchmark's markers are missing.
     """
+    pages = dict(pages)
     for name, found in grouped(records, lambda record: record["benchmark"]).items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
         section = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         tables = renderer(found[0])(found)
-        body = f"{begin}\n{tables}\n{end}"
-        text, count = section.subn(lambda _match, body=body: body, text)
-        if count != 1:
-            raise ReportError(f"report: README must hold {begin} and {end} once, in this order; found {count} pairs")
-    return text
+        body, pairs = f"{begin}\n{tables}\n{end}", 0
+        for path, text in pages.items():
+            pages[path], count = section.subn(lambda _match, body=body: body, text)
+            pairs += count
+        if pairs != 1:
+            raise ReportError(f"report: one page must hold {begin} and {end} once, in this order; found {pairs} pairs")
+    return pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrites or checks the README; the exit status."""
+    """Rewrites or checks the pages; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON-lines files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--pages", type=Path, default=ROOT, help="folder that has README.md and docs/")
     arguments = parser.parse_args(argv)
+    paths = [arguments.pages / "README.md", *sorted(arguments.pages.glob("docs/*.md"))]
+    before = {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
     try:
-        if not arguments.readme.exists():
-            raise ReportError(f"report: there is no {arguments.readme.name}")
-        before = arguments.readme.read_text()
         after = update(before, read_results(arguments.results))
     except ReportError as error:
         print(error, file=sys.stderr)
         return 1
-    if arguments.check and after != before:
-        print(f"report: {arguments.readme.name} is out of date; run python -m benchmarks.report", file=sys.stderr)
+    changed = [path for path in before if after[path] != before[path]]
+    if arguments.check and changed:
+        names = ", ".join(path.name for path in changed)
+        print(f"report: {names} must be up to date; run python -m benchmarks.report", file=sys.stderr)
         return 1
-    if not arguments.check:
-        arguments.readme.write_text(after)
+    for path in () if arguments.check else changed:
+        path.write_text(after[path], encoding="utf-8")
     return 0
 
 

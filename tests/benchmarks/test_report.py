@@ -1,4 +1,4 @@
-"""The report fills the README's markers, and the README shows the recorded results."""
+"""The report fills the pages' markers, and the pages show the recorded results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_readme(folder: Path, text: str = MARKERS) -> Path:
 
 
 def run_report(readme: Path, results: Path, *flags: str) -> int:
-    return report.main(["--readme", str(readme), "--results", str(results), *flags])
+    return report.main(["--pages", str(readme.parent), "--results", str(results), *flags])
 
 
 def test_the_report_fills_the_markers_and_then_checks_clean(quick: Path, tmp_path: Path) -> None:
@@ -46,8 +46,6 @@ def test_the_report_says_what_is_missing(quick: Path, tmp_path: Path, capsys: py
     readme = write_readme(tmp_path)
     assert run_report(readme, empty) == 1
     assert "no results" in capsys.readouterr().err
-    assert run_report(tmp_path / "none.md", quick.parent) == 1
-    assert "there is no none.md" in capsys.readouterr().err
     assert run_report(write_readme(tmp_path, "# nothing\n"), quick.parent) == 1
     assert "<!-- bench:model -->" in capsys.readouterr().err
     (empty / "model.jsonl").write_text("{broken\n")
@@ -55,5 +53,17 @@ def test_the_report_says_what_is_missing(quick: Path, tmp_path: Path, capsys: py
     assert "model.jsonl:1 is not JSON" in capsys.readouterr().err
 
 
-def test_the_readme_shows_the_recorded_results():
+def test_a_table_may_stand_on_any_one_page(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, page = write_readme(tmp_path, "# nothing\n"), tmp_path / "docs" / "speed.md"
+    page.parent.mkdir()
+    page.write_text(MARKERS)
+    assert run_report(readme, quick.parent) == 0
+    assert "old" not in page.read_text()
+    assert readme.read_text() == "# nothing\n"
+    write_readme(tmp_path)
+    assert run_report(readme, quick.parent) == 1
+    assert "found 2 pairs" in capsys.readouterr().err
+
+
+def test_the_pages_show_the_recorded_results():
     assert report.main(["--check"]) == 0
