@@ -4,9 +4,9 @@
     python -m benchmarks.report --check    change nothing; exit 1 if a page is out of date
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
-benchmark NAME found, on the one page that has it. One table per device, dtype and set of parameters; in it the latest line of each mode and rival
-wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios` one of error ratios; lines
-with `tried` one of counts. Other lines are passed over.
+benchmark NAME found, on the one page that has it. One table per device, dtype and set of parameters; in it the latest
+line of each mode and rival wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios`
+one of error ratios; lines with `tried` one of counts. Other lines are passed over.
 """
 
 from __future__ import annotations
