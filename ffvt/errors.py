@@ -13,13 +13,13 @@ def require(holds: bool, where: str, name: str, must: str, got: object) -> None:
         where: the function or class that was called.
         name: the argument.
         must: what the argument must be: "in [0, 1)", "a positive integer".
-        got: its value.
+        got: its value, of which at most 200 letters are shown.
 
     Raises:
         ValueError: not `holds`; the message is "where: name must be ...; got name=value".
     """
     if not holds:
-        raise ValueError(f"{where}: {name} must be {must}; got {name}={got!r}")
+        raise ValueError(f"{where}: {name} must be {must}; got {name}={printable(repr(got))}")
 
 
 def as_integer(where: str, name: str, value: object) -> int:
