@@ -20,7 +20,11 @@ from ffvt.errors import printable
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 WEIGHT_SUFFIXES = (".npz", ".safetensors", ".bin", ".pt", ".pth")
 REPOSITORY = r"(?:hf:|hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?"
-CARD = """# {{ repo_id }}
+CARD = """---
+{{ card_data }}
+---
+
+# {{ repo_id }}
 
 A Feature Fusion Vision Transformer (FFVT) for fine-grained images: its layers pick tokens, its last layer fuses them.
 

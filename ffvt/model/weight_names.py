@@ -1,4 +1,4 @@
-"""Names of other layouts in ours: Google's .npz, the authors' state dict, timm's and our own; Hugging Face's are next door."""
+"""Names of other layouts in ours: Google's .npz, the authors' state dict, timm's and our own."""
 
 from __future__ import annotations
 
