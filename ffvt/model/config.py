@@ -69,7 +69,7 @@ class FFVTConfig:
     patch_size: int = size(16)
     num_classes: int = size(200, 1 << 24)
     embed_dim: int = size(768)
-    depth: int = size(12, 1024)
+    depth: int = size(12, 256)
     num_heads: int = size(12)
     mlp_dim: int = size(3072)
     num_select: int = count(12)

@@ -126,7 +126,9 @@ def _download(where: str, repository: str, file: str, options: dict[str, Any]) -
         return Path(huggingface_hub.hf_hub_download(repository, file, **options))
     except tuple(kind for kinds, *_ in problems for kind in (kinds if isinstance(kinds, tuple) else (kinds,))) as error:
         kind, problem = next((raised, text) for caught, raised, text in problems if isinstance(error, caught))
-        reason = printable(str(error.__cause__ or error).partition("\n")[0])
+        cause = error.__cause__ or error
+        offline = isinstance(cause, errors.OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else printable(str(cause).partition("\n")[0])
         raise kind(f"{where}: {printable(repository)} {problem}; got: {reason}") from error
 
 

@@ -49,7 +49,8 @@ def existing_file(where: str, path: Path, file: str = WEIGHTS_FILE) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{where}: source must be a readable weight file; got {shown}: {reason}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{where}: source must be a regular file; got {shown}, a pipe, device or socket")
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, device or socket"
+        raise ValueError(f"{where}: source must be a regular file; got {printable(repr(str(path)))}, {kind}")
     return path
 
 

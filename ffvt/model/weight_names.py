@@ -47,7 +47,7 @@ def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool)
     for piece in found:
         is_final = piece.block == config.depth - 1 or piece.target.startswith("last_block.")
         if is_final:
-            rest = re.sub(r"^(blocks\.\d+|last_block)\.", "", piece.target)
+            rest = re.sub(r"^(blocks\.\d{1,4}|last_block)\.", "", piece.target)
             piece = replace(piece, target=f"{final}.{rest}")
         if fused and piece.source.startswith("transformer.encoder.encoder_norm."):
             translation.ignored[piece.source] = "the source has a final norm of its fusion"
@@ -102,7 +102,7 @@ def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tenso
 _OUR_BLOCK = r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma"
 _OURS = re.compile(
     rf"cls_token|pos_embed|patch_embed\.(proj\.(weight|bias)|backbone\..+)|(norm|head)\.(weight|bias)"
-    rf"|(blocks\.\d+|last_block)\.({_OUR_BLOCK})"
+    rf"|(blocks\.\d{1, 4}|last_block)\.({_OUR_BLOCK})"
 )
 
 
@@ -141,7 +141,7 @@ def _from_authors(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
             return Piece(key, ours + key.removeprefix(prefix), value)
     if "hybrid_model." in key:
         return Piece(key, "patch_embed.backbone." + _authors_resnet(key.partition("hybrid_model.")[2]), value)
-    found = re.fullmatch(r"transformer\.encoder\.(?:layer\.(\d+)|ff_last_layer)\.(.+)\.(weight|bias)", key)
+    found = re.fullmatch(r"transformer\.encoder\.(?:layer\.(\d{1,4})|ff_last_layer)\.(.+)\.(weight|bias)", key)
     if not found:
         return None
     number, part, kind = found.groups()
@@ -187,7 +187,7 @@ def _from_google(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
         return Piece(key, _GOOGLE_TOP[key], value)
     if resnet := re.fullmatch(r"(conv_root|gn_root|block\d+/unit\d+/\w+)/(kernel|scale|bias)", key):
         return _from_google_resnet(key, value, *resnet.groups())
-    found = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)/(kernel|scale|bias)", key)
+    found = re.fullmatch(r"Transformer/encoderblock_(\d{1,4})/(.+)/(kernel|scale|bias)", key)
     if not found:
         return None
     number, part, kind = found[1], found[2], _GOOGLE_KIND[found[3]]

@@ -20,7 +20,7 @@ _TOP = {  # behind the prefix of a model with a head, such as "vit."
     "layernorm.": "norm.",
     "classifier.": "head.",
 }
-_BLOCK = re.compile(r"(?:\w+\.)?(?:encoder\.)?layers?\.(\d+)\.(.+)\.(weight|bias|lambda1)")
+_BLOCK = re.compile(r"(?:\w+\.)?(?:encoder\.)?layers?\.(\d{1,4})\.(.+)\.(weight|bias|lambda1)")
 _PARTS = {
     "layernorm_before": "norm1",
     "norm1": "norm1",

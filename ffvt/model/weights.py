@@ -28,6 +28,7 @@ from ffvt.model.weight_names import is_part_of_model, translate
 from ffvt.model.weight_pieces import Piece
 
 MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and to 1 GiB in any case)
+Placements = list[tuple[Tensor, Tensor]]  # what is written: destination, value
 
 
 @dataclass
@@ -97,21 +98,15 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
     model = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(getattr(model, "config", None), FFVTConfig):
         raise TypeError(f"load_weights: model must be an ffvt.FFVT or ffvt.ViT; got {type(model).__name__}")
-    mapping = state_dict(source) if isinstance(source, Mapping) else _read(source, model)
-    entries, others = _as_tensors(mapping)
     use_last = last_block == "pretrained" or not model.config.feature_fusion
-    try:
-        for name, kind in others.items():
-            if not entries or is_part_of_model(name, entries, model.config):
-                shown = f"{printable(repr(name))}: {kind}"
-                raise ValueError(f"load_weights: source must map names to floating-point tensors; got {shown}")
-        translation = translate(entries, model.config, use_last)
-        ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
-        report = LoadReport(translation.format, ignored={**translation.ignored, **ignored})
-        placements = _check(model, translation.pieces, report)
-    except (IndexError, RuntimeError, TypeError) as error:  # a tensor of another rank, sparse, on no device, ...
-        reason = printable(str(error).partition("\n")[0])
-        raise ValueError(f"load_weights: source must hold plain tensors of the model's shapes; got {reason}") from error
+    if isinstance(source, Mapping):
+        report, placements = _plan(state_dict(source), model, use_last)
+    else:
+        found = _read(source, model)
+        try:
+            report, placements = _plan(found, model, use_last)
+        except ValueError as error:
+            raise ValueError(f"{error} (source {printable(repr(str(source)))})") from error
     with torch.no_grad():
         for target, value in placements:
             target.copy_(value)
@@ -125,6 +120,23 @@ def _read(source: str | Path, model: nn.Module) -> Mapping[str, Any]:
         check_foreign_config("load_weights", place, model.config)
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     return read_weights("load_weights", path, max(1 << 30, MAX_EXPANSION * own))
+
+
+def _plan(source: Mapping[str, Any], model: nn.Module, use_last: bool) -> tuple[LoadReport, Placements]:
+    """What goes where, all of it checked; the model stays as it is."""
+    entries, others = _as_tensors(source)
+    try:
+        for name, kind in others.items():
+            if not entries or is_part_of_model(name, entries, model.config):
+                shown = f"{printable(repr(name))}: {kind}"
+                raise ValueError(f"load_weights: source must map names to floating-point tensors; got {shown}")
+        translation = translate(entries, model.config, use_last)
+        ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
+        report = LoadReport(translation.format, ignored={**translation.ignored, **ignored})
+        return report, _check(model, translation.pieces, report)
+    except (IndexError, RuntimeError, TypeError) as error:  # a tensor of another rank, sparse, on no device, ...
+        reason = printable(str(error).partition("\n")[0])
+        raise ValueError(f"load_weights: source must hold plain tensors of the model's shapes; got {reason}") from error
 
 
 def _as_tensors(source: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -142,7 +154,7 @@ def _as_tensors(source: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     return tensors, others
 
 
-def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tuple[Tensor, Tensor]]:
+def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> Placements:
     """Every (destination, value) pair, shapes checked, and the report's lists filled."""
     parameters = dict(model.named_parameters())
     placements, wrong = [], []

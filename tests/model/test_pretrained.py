@@ -116,7 +116,7 @@ CONFIGS = {
     "unknown field": (lambda c: {**c, "width": 3}, "has the unknown width"),
     "fields missing": (lambda c: {n: v for n, v in c.items() if n != "num_heads"}, "lacks num_heads"),
     "a string for a switch": (lambda c: {**c, "feature_fusion": "no"}, "feature_fusion must be True or False"),
-    "depth of a file that is none": (lambda c: {**c, "depth": 10**9}, "depth must be a positive integer, at most 1024"),
+    "depth of a file that is none": (lambda c: {**c, "depth": 10**9}, "depth must be a positive integer, at most 256"),
     "fewer blocks": (lambda c: {**c, "depth": 3}, "has the unknown blocks.2"),
     "wider": (lambda c: {**c, "embed_dim": 1 << 20}, r"shapes differ, cls_token \(1, 1, 64\), not \(1, 1, 1048576\)"),
     "of transformers": (
