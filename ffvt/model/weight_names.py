@@ -102,7 +102,7 @@ def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tenso
 _OUR_BLOCK = r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma"
 _OURS = re.compile(
     rf"cls_token|pos_embed|patch_embed\.(proj\.(weight|bias)|backbone\..+)|(norm|head)\.(weight|bias)"
-    rf"|(blocks\.\d{1, 4}|last_block)\.({_OUR_BLOCK})"
+    rf"|(blocks\.\d{{1,4}}|last_block)\.({_OUR_BLOCK})"
 )
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def bomb(path: Path) -> None:
     megabyte = squeeze.compress(bytes(1 << 20)) + squeeze.flush(zlib.Z_FULL_FLUSH)
     data = megabyte * (10 << 10) + squeeze.flush()
     info = zipfile.ZipInfo("cls.npy")
-    info.compress_type, info.CRC = zipfile.ZIP_DEFLATED, 0
+    info.compress_type, info.CRC, info.header_offset = zipfile.ZIP_DEFLATED, 0, 0
     info.compress_size, info.file_size = len(data), 10 << 30
     with zipfile.ZipFile(path, "w") as archive:
         archive.fp.write(info.FileHeader(zip64=True) + data)
@@ -123,7 +124,8 @@ def bomb(path: Path) -> None:
 
 
 def script(path: Path) -> None:
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, its files are about
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
 
 def listening(path: Path) -> None:
