@@ -151,10 +151,8 @@ class ViT(nn.Module):
         report = load_weights(model, weights)
         new = [name for name in report.left if not (name.startswith("head.") and "num_classes" in overrides)]
         if new:
-            asked = printable(", ".join(overrides))
-            raise ValueError(
-                f"from_pretrained: {asked} must leave no weight new but the head; got {', '.join(new[:3])}"
-            )
+            shown = f"{', '.join(new[:3])} with overrides {printable(', '.join(overrides)) or 'none'}"
+            raise ValueError(f"from_pretrained: no weight but a new head's must be left out; got {shown}")
         if report.cast:
             log.info("from_pretrained: %s cast from %s", weights, ", ".join(report.cast))
         return model.eval()

@@ -138,7 +138,8 @@ def _read_by_content(path: Path, limit: int) -> Mapping[str, Any]:
 def _read_torch(path: Path) -> Mapping[str, Any]:
     """What `torch.save` wrote. Its refusals advise to run the pickle, or tell of opcodes: they are put in our words."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols
+        with warnings.catch_warnings():  # of pickle protocols
+            warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -124,7 +124,8 @@ def bomb(path: Path) -> None:
 
 
 def script(path: Path) -> None:
-    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, its files are about
+    with warnings.catch_warnings():  # TorchScript is deprecated, its files are about
+        warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
 
