@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import numbers
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ffvt.errors import require
+from ffvt.errors import printable, require
 
-POSITIVE_INTEGERS = ("image_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim")
 LAST_BLOCKS = ("random", "pretrained")  # how `load_weights` starts the fusion block
-SWITCHES = ("feature_fusion", "qkv_bias", "prune_dead_rows", "gradient_checkpointing")
+LARGEST = 1 << 20  # of any size; larger ones come from a damaged file, and would take all memory
+
+
+def setting(default: Any, holds: Callable[[Any], bool], must: str) -> Any:
+    """Declares a field of `FFVTConfig`: its default, what its values must be by themselves, and how to say so."""
+    return field(default=default, metadata={"holds": holds, "must": must})
+
+
+def size(default: int, largest: int = LARGEST) -> Any:
+    """A field that counts something there is at least one of."""
+    must = f"a positive integer, at most {largest}"
+    return setting(default, lambda value: _is_integer(value) and 1 <= value <= largest, must)
+
+
+def count(default: int) -> Any:
+    """A field whose limits depend on other fields."""
+    return setting(default, _is_integer, "an integer")
+
+
+def switch(default: bool) -> Any:
+    return setting(default, lambda value: isinstance(value, bool), "True or False")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -38,35 +65,32 @@ class FFVTConfig:
         backbone: "r50" puts a ResNet-50 before the patches (the hybrid; needs timm); None for none.
     """
 
-    image_size: int = 448
-    patch_size: int = 16
-    num_classes: int = 200
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    num_select: int = 12
-    feature_fusion: bool = True
-    first_candidate: int = 0
-    dropout: float = 0.1
-    qkv_bias: bool = True
-    layer_scale: float | None = None
-    prune_dead_rows: bool = True
-    gradient_checkpointing: bool = False
-    backbone: str | None = None
+    image_size: int = size(448)
+    patch_size: int = size(16)
+    num_classes: int = size(200, 1 << 24)
+    embed_dim: int = size(768)
+    depth: int = size(12, 256)
+    num_heads: int = size(12)
+    mlp_dim: int = size(3072)
+    num_select: int = count(12)
+    feature_fusion: bool = switch(True)
+    first_candidate: int = count(0)
+    dropout: float = setting(0.1, lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)")
+    qkv_bias: bool = switch(True)
+    layer_scale: float | None = setting(
+        None, lambda value: value is None or _is_number(value), "a finite number or None"
+    )
+    prune_dead_rows: bool = switch(True)
+    gradient_checkpointing: bool = switch(False)
+    backbone: str | None = setting(None, lambda value: value is None or value == "r50", "None or 'r50'")
 
     def __post_init__(self) -> None:
-        for name in POSITIVE_INTEGERS:
-            self._check(name, _is_integer(getattr(self, name)) and getattr(self, name) >= 1, "a positive integer")
-        for name in ("num_select", "first_candidate"):
-            self._check(name, _is_integer(getattr(self, name)), "an integer")
-        for name in SWITCHES:
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        for declared in fields(self):
+            self._check(
+                declared.name, declared.metadata["holds"](getattr(self, declared.name)), declared.metadata["must"]
+            )
         self._check("image_size", self.image_size % self.patch_size == 0, f"a multiple of patch_size={self.patch_size}")
         self._check("embed_dim", self.embed_dim % self.num_heads == 0, f"a multiple of num_heads={self.num_heads}")
-        self._check("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)")
-        self._check("layer_scale", self.layer_scale is None or _is_number(self.layer_scale), "a finite number or None")
-        self._check("backbone", self.backbone in (None, "r50"), "None or 'r50'")
         self._check("patch_size", self.backbone is None or self.patch_size == 16, "16 behind the backbone")
         if self.feature_fusion:
             tokens, first = self.num_tokens, self.first_candidate
@@ -87,14 +111,6 @@ class FFVTConfig:
     def num_tokens(self) -> int:
         """N: the class token and the patches."""
         return 1 + self.grid_size**2
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int, **more: Any) -> dict[str, Any]:
@@ -132,15 +148,26 @@ def make_config(name: str, **overrides: Any) -> FFVTConfig:
     preset = PRESETS.get(AUTHORS_NAMES.get(name, name))
     if preset is None:
         known = ", ".join([*PRESETS, *AUTHORS_NAMES])
-        raise ValueError(f"create_model: name must be one of {known}; got name={name!r}")
-    fields = {field.name for field in dataclasses.fields(FFVTConfig)}
-    unknown = sorted(set(overrides) - fields)
+        raise ValueError(f"create_model: name must be one of {known}; got name={printable(repr(name))}")
+    return FFVTConfig(**{**preset, **_known_fields("create_model", overrides)})
+
+
+def replace_fields(where: str, config: FFVTConfig, overrides: Mapping[str, Any]) -> FFVTConfig:
+    """A configuration with other values of some fields.
+
+    Raises:
+        ValueError: an unknown field, or a value that does not hold; the message names it.
+    """
+    return replace(config, **_known_fields(where, overrides))
+
+
+def _known_fields(where: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    known = {declared.name for declared in fields(FFVTConfig)}
+    unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(
-            f"create_model: overrides must be FFVTConfig fields ({', '.join(sorted(fields))}); got {unknown}"
-        )
-    overrides = {name: _plain(value) for name, value in overrides.items()}
-    return FFVTConfig(**{**preset, **overrides})
+        must = f"FFVTConfig fields ({', '.join(sorted(known))})"
+        raise ValueError(f"{where}: overrides must be {must}; got {printable(repr(unknown))}")
+    return {name: _plain(value) for name, value in overrides.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -5,8 +5,7 @@ Read `FFVT.forward_features_with_selection` beside figure 1 of the paper.
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ffvt.errors import require
-from ffvt.model.config import FFVTConfig, make_config
+from ffvt.errors import printable, require
+from ffvt.model.config import FFVTConfig, make_config, replace_fields
+from ffvt.model.config_files import read_config, write_config
+from ffvt.model.hub import WEIGHTS_FILE, locate, push
 from ffvt.model.layers import LAYER_NORM_EPS, MLP, Block, ClassBlock, PatchEmbed, PrunedSelectingBlock, SelectingBlock
 from ffvt.model.selection import SelectingModel, Selection
+from ffvt.model.weight_files import check_header, existing_file
 from ffvt.model.weights import load_weights
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+log = logging.getLogger("ffvt")
 
 
 class ViT(nn.Module):
@@ -106,31 +107,88 @@ class ViT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
         save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        write_config(folder, self.config)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> ViT:
-        """The model saved by `save_pretrained`, on the CPU; `overrides` replace fields of its configuration.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> ViT:
+        """The model saved by `save_pretrained`, on the CPU and in evaluation mode (`.train()` before training it).
+
+        Args:
+            source: the folder, or a repository of the Hugging Face Hub, "ORG/NAME".
+            revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub.hf_hub_download.
+            overrides: fields of the configuration to replace. Another `num_classes` asks for a new head, of zeros;
+                another `image_size` interpolates the positions.
 
         Returns:
             An `FFVT` or a `ViT`, as the configuration says, whichever of the two is asked.
 
         Raises:
-            FileNotFoundError: no config.json or model.safetensors there.
-            ValueError: one of them does not fit.
+            FileNotFoundError: no config.json or model.safetensors there, or no such repository.
+            ConnectionError: the Hub cannot be reached, and its cache lacks the repository.
+            ValueError: one of the two files is damaged, or the weights are not those of a model of this configuration,
+                the head included. Sizes are compared before anything of that size is made.
         """
-        folder = Path(folder)
-        try:
-            fields = json.loads((folder / CONFIG_FILE).read_text())
-            config = FFVTConfig(**{**fields, **overrides})
-        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"from_pretrained: {folder / CONFIG_FILE} is no FFVT configuration: {error}") from error
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub |= {"force_download": force_download, "local_files_only": local_files_only}
+        folder = locate("from_pretrained", source, **hub)
+        config = read_config("from_pretrained", folder)
+        weights = existing_file("from_pretrained", folder)
+        kind = cls if config.feature_fusion == cls.feature_fusion else _kind(config)
+        with torch.device("meta"):
+            check_header("from_pretrained", weights, kind(config).state_dict())
+        config = replace_fields("from_pretrained", config, overrides)
         model = cls(config) if config.feature_fusion == cls.feature_fusion else from_config(config)
-        report = load_weights(model, folder / WEIGHTS_FILE)
-        incomplete = [name for name in report.left if not name.startswith("head.")]
-        if incomplete:
-            raise ValueError(f"from_pretrained: {folder / WEIGHTS_FILE} lacks {', '.join(incomplete[:5])}")
-        return model
+        report = load_weights(model, weights)
+        new = [name for name in report.left if not (name.startswith("head.") and "num_classes" in overrides)]
+        if new:
+            shown = f"{', '.join(new[:3])} with overrides {printable(', '.join(overrides)) or 'none'}"
+            raise ValueError(f"from_pretrained: no weight but a new head's must be left out; got {shown}")
+        if report.cast:
+            log.info("from_pretrained: %s cast from %s", weights, ", ".join(report.cast))
+        return model.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload an FFVT",
+        license: str = "mit",
+    ) -> str:
+        """Uploads the model to the Hugging Face Hub, for `FFVT.from_pretrained(repo_id)`.
+
+        The repository gets config.json, model.safetensors and, where it has no README.md, a model card.
+
+        Args:
+            repo_id: "ORG/NAME"; the repository is made if it is missing.
+            private: whether a new repository is private; None for the organisation's default.
+            token: of the Hub; None for that of `hf auth login`.
+            branch: branch to commit to; None for main.
+            create_pr: whether to propose the commit instead.
+            commit_message: message of the commit.
+            license: licence that the model card names.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: no huggingface_hub.
+        """
+        options = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
+        return push(self, repo_id, **options, commit_message=commit_message, license=license)
 
 
 class FFVT(SelectingModel, ViT):
@@ -166,7 +224,11 @@ class FFVT(SelectingModel, ViT):
 
 def from_config(config: FFVTConfig) -> ViT:
     """The model that a configuration names, an `FFVT` or the plain `ViT`, with initial weights."""
-    return FFVT(config) if config.feature_fusion else ViT(config)
+    return _kind(config)(config)
+
+
+def _kind(config: FFVTConfig) -> type[ViT]:
+    return FFVT if config.feature_fusion else ViT
 
 
 def create_model(

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ffvt.errors import printable
 from ffvt.model.config import FFVTConfig
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One source tensor and where it goes: a parameter of ours, or some of its rows."""
-
-    source: str
-    target: str
-    value: Tensor
-    rows: slice | None = None
-
-    @property
-    def is_head(self) -> bool:
-        return self.target.startswith("head.")
+from ffvt.model.weight_names_huggingface import from_hugging_face, is_hugging_face
+from ffvt.model.weight_pieces import QKV, Piece, check_sizes, qkv_rows
 
 
 @dataclass
@@ -39,29 +28,31 @@ def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool)
     use_last: whether the source's last block and final norm fill ours.
 
     Raises:
-        ValueError: no entry is recognised, or an entry would change what the model computes and has no place in it.
+        ValueError: no entry is recognised, the source is of another size, or an entry would change what the model
+            computes and has no place in it.
     """
     name, layout = _recognise(entries)
     translation = Translation(name)
-    fused = any(key.startswith(("last_block.", "transformer.encoder.ff_")) for key in entries)
-    final = "last_block" if config.feature_fusion else f"blocks.{config.depth - 1}"
+    found = []
     for key, value in entries.items():
         piece = layout(key, value, config)
         if piece is None:
             _refuse_if_needed(key)
             translation.ignored[key] = "not part of this model"
-            continue
-        block, _, rest = piece.target.removeprefix("blocks.").partition(".")
-        number = int(block) if piece.target.startswith("blocks.") else -1
-        if number >= config.depth - fused:
-            raise ValueError(f"load_weights: source must have as many blocks as the model; got {key!r}")
-        is_final = number == config.depth - 1 or block == "last_block"
+        else:
+            found.append(piece)
+    fused = any(key.startswith(("last_block.", "transformer.encoder.ff_")) for key in entries)
+    check_sizes(found, config, fused)
+    final = "last_block" if config.feature_fusion else f"blocks.{config.depth - 1}"
+    for piece in found:
+        is_final = piece.block == config.depth - 1 or piece.target.startswith("last_block.")
         if is_final:
-            piece = Piece(piece.source, f"{final}.{rest}", piece.value, piece.rows)
-        if fused and key.startswith("transformer.encoder.encoder_norm."):
-            translation.ignored[key] = "the source has a final norm of its fusion"
+            rest = re.sub(r"^(blocks\.\d{1,4}|last_block)\.", "", piece.target)
+            piece = replace(piece, target=f"{final}.{rest}")
+        if fused and piece.source.startswith("transformer.encoder.encoder_norm."):
+            translation.ignored[piece.source] = "the source has a final norm of its fusion"
         elif (is_final or piece.target.startswith("norm.")) and not (use_last or fused):
-            translation.ignored[key] = "last_block='random' leaves the fusion block and the final norm"
+            translation.ignored[piece.source] = "last_block='random' leaves the fusion block and the final norm"
         else:
             translation.pieces.append(piece)
     return translation
@@ -73,12 +64,24 @@ def is_part_of_model(key: str, entries: Mapping[str, Tensor], config: FFVTConfig
     return layout(key, torch.empty(1, 1, 1, 1), config) is not None
 
 
+# Parts of a source that change what its blocks see or compute, and what to say of those without a place in ours.
+_NEEDED = {
+    r"(blocks\.|transformer\.encoder\.layer\.|Transformer/encoderblock_)": "every part of the source's blocks",
+    r"(\w+\.)?(encoder\.)?layers?\.\d+\.": "every part of the source's blocks",
+    r"(\w+\.)*(reg_token$|register_tokens$)": "the source's register tokens",
+    r"(\w+\.)*(dist_token|distillation_token)$": "the source's distillation token",
+    r"(\w+\.)*(norm_pre|pre_layrnorm|pre_layernorm)\.": "the source's norm before the blocks (CLIP's)",
+    r"(\w+\.)*relative_position_bias": "the source's relative positions",
+}
+
+
 def _refuse_if_needed(key: str) -> None:
-    if re.match(r"(blocks\.|transformer\.encoder\.layer\.|Transformer/encoderblock_|norm_pre\.|reg_token)", key):
-        raise ValueError(
-            f"load_weights: every part of the source's blocks must have a place in the model; got {key!r} "
-            "(for a timm model of another build, ffvt.add_feature_fusion keeps all its parts)"
-        )
+    for pattern, part in _NEEDED.items():
+        if re.match(pattern, key):
+            raise ValueError(
+                f"load_weights: {part} must have a place in the model; got {printable(repr(key))} "
+                "(ffvt.add_feature_fusion, which takes the model itself, keeps all its parts)"
+            )
 
 
 def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tensor, FFVTConfig], Piece | None]]:
@@ -89,14 +92,17 @@ def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tenso
         return "authors' state dict", _from_authors
     if any(_OURS.fullmatch(key) or key.startswith("blocks.") for key in keys):
         return ("ffvt" if any(key.startswith("last_block.") for key in keys) else "timm's names"), _from_timm
-    shown = ", ".join(map(repr, keys[:3])) or "nothing"
-    raise ValueError(f"load_weights: source must be Google's, the authors', timm's or ours; got entries {shown}")
+    if any(map(is_hugging_face, keys)):
+        return "Hugging Face's names", from_hugging_face
+    shown = printable(", ".join(map(repr, keys[:3]))) or "nothing"
+    known = "Google's, the authors', timm's, Hugging Face's or ours"
+    raise ValueError(f"load_weights: source must be {known}; got entries {shown}")
 
 
 _OUR_BLOCK = r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma"
 _OURS = re.compile(
     rf"cls_token|pos_embed|patch_embed\.(proj\.(weight|bias)|backbone\..+)|(norm|head)\.(weight|bias)"
-    rf"|(blocks\.\d+|last_block)\.({_OUR_BLOCK})"
+    rf"|(blocks\.\d{{1,4}}|last_block)\.({_OUR_BLOCK})"
 )
 
 
@@ -127,12 +133,6 @@ _AUTHORS_RESNET = {
     r"\.gn_proj\.": ".downsample.norm.",
     r"\.gn(\d)\.": r".norm\1.",
 }
-_QKV = ("query", "key", "value")
-
-
-def _qkv_rows(part: str, config: FFVTConfig) -> slice:
-    start = _QKV.index(part) * config.embed_dim
-    return slice(start, start + config.embed_dim)
 
 
 def _from_authors(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
@@ -141,13 +141,13 @@ def _from_authors(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
             return Piece(key, ours + key.removeprefix(prefix), value)
     if "hybrid_model." in key:
         return Piece(key, "patch_embed.backbone." + _authors_resnet(key.partition("hybrid_model.")[2]), value)
-    found = re.fullmatch(r"transformer\.encoder\.(?:layer\.(\d+)|ff_last_layer)\.(.+)\.(weight|bias)", key)
+    found = re.fullmatch(r"transformer\.encoder\.(?:layer\.(\d{1,4})|ff_last_layer)\.(.+)\.(weight|bias)", key)
     if not found:
         return None
     number, part, kind = found.groups()
     block = "last_block" if number is None else f"blocks.{number}"
-    if part.removeprefix("attn.") in _QKV:
-        return Piece(key, f"{block}.attn.qkv.{kind}", value, _qkv_rows(part.removeprefix("attn."), config))
+    if part.removeprefix("attn.") in QKV:
+        return Piece(key, f"{block}.attn.qkv.{kind}", value, qkv_rows(part.removeprefix("attn."), config))
     return Piece(key, f"{block}.{_AUTHORS_BLOCK[part]}.{kind}", value) if part in _AUTHORS_BLOCK else None
 
 
@@ -187,14 +187,14 @@ def _from_google(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
         return Piece(key, _GOOGLE_TOP[key], value)
     if resnet := re.fullmatch(r"(conv_root|gn_root|block\d+/unit\d+/\w+)/(kernel|scale|bias)", key):
         return _from_google_resnet(key, value, *resnet.groups())
-    found = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)/(kernel|scale|bias)", key)
+    found = re.fullmatch(r"Transformer/encoderblock_(\d{1,4})/(.+)/(kernel|scale|bias)", key)
     if not found:
         return None
     number, part, kind = found[1], found[2], _GOOGLE_KIND[found[3]]
     heads = part.removeprefix("MultiHeadDotProductAttention_1/")
-    if heads in _QKV:  # kernel (C, H, D), bias (H, D)
+    if heads in QKV:  # kernel (C, H, D), bias (H, D)
         value = value.flatten(1).T if kind == "weight" else value.flatten()
-        return Piece(key, f"blocks.{number}.attn.qkv.{kind}", value, _qkv_rows(heads, config))
+        return Piece(key, f"blocks.{number}.attn.qkv.{kind}", value, qkv_rows(heads, config))
     if part not in _GOOGLE_BLOCK:
         return None
     if found[3] == "kernel":  # attention out (H, D, C), MLP (in, out)

@@ -1,13 +1,13 @@
 """`load_weights`: any known source -> a model, all or nothing.
 
-Three steps, each its own function: read (a file into a flat mapping, never running its pickles), translate (its names
-into ours, in `weight_names.py`), and place (check every shape, then copy). Nothing is written before all is checked.
+Four steps: locate (a name of the Hub, in `hub.py`), read (a file into a flat mapping, in `weight_files.py`), translate
+(its names into ours, in `weight_names.py`), and place (check every shape, then copy). Nothing is written before all is
+checked.
 """
 
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ffvt.errors import printable
 from ffvt.model.config import LAST_BLOCKS, FFVTConfig
-from ffvt.model.weight_names import Piece, is_part_of_model, translate
+from ffvt.model.config_files import check_foreign_config
+from ffvt.model.hub import locate
+from ffvt.model.weight_files import existing_file, read_weights, state_dict
+from ffvt.model.weight_names import is_part_of_model, translate
+from ffvt.model.weight_pieces import Piece
 
 MAX_EXPANSION = 8  # a file may unpack to this many times the model's bytes (and to 1 GiB in any case)
+Placements = list[tuple[Tensor, Tensor]]  # what is written: destination, value
 
 
 @dataclass
@@ -36,6 +41,7 @@ class LoadReport:
         resized: position grids that were interpolated (also in `loaded`).
         left: parameters that keep their value, or part of it.
         ignored: source entry -> why it was not used.
+        cast: dtypes of the source that are not the parameters' own, such as "float16".
     """
 
     format: str
@@ -43,15 +49,17 @@ class LoadReport:
     resized: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
+    cast: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         def some(names: list[str]) -> str:
             return ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "") if names else "none"
 
-        ignored = [f"{name} ({why})" for name, why in self.ignored.items()]
+        ignored = [printable(f"{name} ({why})") for name, why in self.ignored.items()]
         return (
             f"{self.format}: loaded {len(self.loaded)} parameters; resized: {some(self.resized)}; "
             f"left as they were: {some(self.left)}; ignored: {some(ignored)}"
+            + (f"; cast from {', '.join(self.cast)}" if self.cast else "")
         )
 
 
@@ -60,86 +68,75 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
 
     Args:
         model: an `ffvt.create_model` model.
-        source: a path, a folder written by `save_pretrained`, or a mapping of names to tensors or arrays. Recognised by
-            content: Google's ViT .npz; the authors' state dict (.bin, .pt, .npz, .safetensors); ours; timm's. Partial
-            mappings are fine, the rest stays as it is. A position grid of another size is interpolated as the authors
-            do (bilinear, corners aligned). The head is loaded where its shape fits, else it stays.
+        source: a file; a folder with model.safetensors, as `save_pretrained` and transformers write it; a name,
+            "timm:NAME", "hf:ORG/NAME" or plain "ORG/NAME" (`ffvt.model.hub.locate`); or a mapping of names to arrays.
+            Recognised by content: Google's ViT .npz; the authors' state dict (.bin, .pt, .npz, .safetensors); ours;
+            timm's; Hugging Face's ViT, DeiT, DINOv2, MSN and MAE. Our layer norms add 1e-6, as Google's and timm's do,
+            also where a Hugging Face configuration says 1e-12. Partial mappings are fine, the rest stays as it is. A
+            position grid of another size is interpolated as the authors do (bilinear, corners aligned). The head is
+            loaded where its shape fits, else it stays. Values are cast to the parameters' dtype.
         last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the
             source has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
             A plain ViT (feature_fusion=False) always takes them.
 
     Returns:
-        LoadReport: loaded, resized, left, ignored.
+        LoadReport: loaded, resized, left, ignored, cast.
 
     Raises:
-        FileNotFoundError: no such path.
+        FileNotFoundError: no such path, repository or file of a repository.
+        ConnectionError: a name that is not in the Hub's cache, and the Hub cannot be reached; the message says what to
+            download. ImportError: a name without huggingface_hub (or timm).
         TypeError: model is no ffvt model.
-        ValueError: an unreadable, truncated, unrecognised or pickled source, a shape that does not fit, or an unknown
-            `last_block`. Pickles are never run.
+        ValueError: an unreadable, truncated, unrecognised or pickled source, a size or shape that does not fit, or an
+            unknown `last_block`. Pickles are never run, and only regular files are opened.
     """
     if last_block not in LAST_BLOCKS:
-        raise ValueError(f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={last_block!r}")
+        raise ValueError(
+            f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={printable(repr(last_block))}"
+        )
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     model = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(getattr(model, "config", None), FFVTConfig):
         raise TypeError(f"load_weights: model must be an ffvt.FFVT or ffvt.ViT; got {type(model).__name__}")
-    entries, others = _as_tensors(_state_dict(source) if isinstance(source, Mapping) else _read(Path(source), model))
     use_last = last_block == "pretrained" or not model.config.feature_fusion
-    try:
-        for name, kind in others.items():
-            if not entries or is_part_of_model(name, entries, model.config):
-                raise ValueError(f"load_weights: source must map names to floating-point tensors; got {name!r}: {kind}")
-        translation = translate(entries, model.config, use_last)
-        ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
-        report = LoadReport(translation.format, ignored={**translation.ignored, **ignored})
-        placements = _check(model, translation.pieces, report)
-    except (IndexError, RuntimeError, TypeError) as error:  # a tensor of another rank, sparse, on no device, ...
-        raise ValueError(f"load_weights: source must hold plain tensors of the model's shapes; got {error}") from error
+    if isinstance(source, Mapping):
+        report, placements = _plan(state_dict(source), model, use_last)
+    else:
+        found = _read(source, model)
+        try:
+            report, placements = _plan(found, model, use_last)
+        except ValueError as error:
+            raise ValueError(f"{error} (source {printable(repr(str(source)))})") from error
     with torch.no_grad():
         for target, value in placements:
             target.copy_(value)
     return report
 
 
-def _read(path: Path, model: nn.Module) -> Mapping[str, Any]:
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"load_weights: source must be an existing file; got source={str(path)!r}")
+def _read(source: str | Path, model: nn.Module) -> Mapping[str, Any]:
+    place = locate("load_weights", source)
+    path = existing_file("load_weights", place)
+    if place.is_dir():
+        check_foreign_config("load_weights", place, model.config)
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    return read_weights("load_weights", path, max(1 << 30, MAX_EXPANSION * own))
+
+
+def _plan(source: Mapping[str, Any], model: nn.Module, use_last: bool) -> tuple[LoadReport, Placements]:
+    """What goes where, all of it checked; the model stays as it is."""
+    entries, others = _as_tensors(source)
     try:
-        return _read_by_content(path, model)
-    except Exception as error:  # every reader has errors of its own: one kind goes out, with the cause in it
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"load_weights: source must be a readable weight file; got {str(path)!r}: {reason}") from error
-
-
-def _read_by_content(path: Path, model: nn.Module) -> Mapping[str, Any]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            unpacked = sum(member.file_size for member in archive.infolist())
-        limit = max(1 << 30, MAX_EXPANSION * sum(p.numel() * 4 for p in model.parameters()))
-        if unpacked > limit:
-            raise ValueError(f"unpacks to {unpacked} bytes, more than {limit}")
-        if any(name.endswith(".npy") for name in names):
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    with path.open("rb") as file:
-        head = file.read(9)
-    if len(head) == 9 and head[8:] == b"{":
-        return load_file(path)
-    return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _state_dict(loaded: Any) -> Mapping[str, Any]:
-    """The state dict in what `torch.load` returned: itself, or nested under a usual name."""
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"holds a {type(loaded).__name__}, not a mapping of names to tensors")
-    return loaded
+        for name, kind in others.items():
+            if not entries or is_part_of_model(name, entries, model.config):
+                shown = f"{printable(repr(name))}: {kind}"
+                raise ValueError(f"load_weights: source must map names to floating-point tensors; got {shown}")
+        translation = translate(entries, model.config, use_last)
+        ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
+        report = LoadReport(translation.format, ignored={**translation.ignored, **ignored})
+        return report, _check(model, translation.pieces, report)
+    except (IndexError, RuntimeError, TypeError) as error:  # a tensor of another rank, sparse, on no device, ...
+        reason = printable(str(error).partition("\n")[0])
+        raise ValueError(f"load_weights: source must hold plain tensors of the model's shapes; got {reason}") from error
 
 
 def _as_tensors(source: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -157,7 +154,7 @@ def _as_tensors(source: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     return tensors, others
 
 
-def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tuple[Tensor, Tensor]]:
+def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> Placements:
     """Every (destination, value) pair, shapes checked, and the report's lists filled."""
     parameters = dict(model.named_parameters())
     placements, wrong = [], []
@@ -167,7 +164,7 @@ def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tu
     )
     for piece in pieces:
         if piece.target not in parameters:
-            wrong.append(f"{piece.source} -> {piece.target}: the model has no such parameter")
+            wrong.append(f"{printable(piece.source)} -> {piece.target}: the model has no such parameter")
             continue
         target = parameters[piece.target]
         destination, value = (target if piece.rows is None else target[piece.rows]), piece.value
@@ -178,13 +175,19 @@ def _check(model: nn.Module, pieces: list[Piece], report: LoadReport) -> list[tu
         if piece.is_head and not head_fits:
             report.ignored[piece.source] = f"a head of another shape; the model's has {tuple(target.shape)}"
         elif value.shape != destination.shape:
-            wrong.append(f"{piece.source}: {tuple(value.shape)}, {piece.target} has {tuple(destination.shape)}")
+            found = f"{printable(piece.source)}: {tuple(value.shape)}"
+            wrong.append(f"{found}, {piece.target} has {tuple(destination.shape)}")
         else:
+            if (
+                value.dtype != destination.dtype
+                and (name := str(value.dtype).removeprefix("torch.")) not in report.cast
+            ):
+                report.cast.append(name)
             placements.append((destination, value.to(destination.device, destination.dtype)))
             covered[piece.target] += destination.numel()
     if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise ValueError(f"load_weights: every shape must fit the model; got {'; '.join(wrong[:5])}{more}")
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"load_weights: every shape must fit the model; got {'; '.join(wrong[:3])}{more}")
     report.loaded = [name for name, count in covered.items() if count == parameters[name].numel()]
     report.left = [name for name, count in covered.items() if count < parameters[name].numel()]
     return placements

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ffvt.files import file_digest, new_folder, point, remove, set_aside
-from ffvt.model.ffvt import CONFIG_FILE, FFVT, WEIGHTS_FILE
+from ffvt.model.ffvt import FFVT
+from ffvt.model.hub import CONFIG_FILE, WEIGHTS_FILE
 
 log = logging.getLogger("ffvt")
 

@@ -65,7 +65,13 @@ class TrainOptions:
     prefetch: int = option(2, "batches that each of them keeps ready", DATA, at_least=1)
 
     model_type: str = option("ViT-B_16", "model size", MODEL, authors=True, choices=(*AUTHORS_NAMES, *PRESETS))
-    pretrained_dir: str = option("", "weight file to start from, empty for none", MODEL, authors=True)
+    pretrained_dir: str = option(
+        "",
+        "weights to start from: a file, a folder with model.safetensors, timm:NAME, or hf:ORG/NAME of the Hugging Face "
+        "Hub; empty for none",
+        MODEL,
+        authors=True,
+    )
     last_block: str = option(
         "random", "start of the fusion block and final norm when loading weights", MODEL, choices=LAST_BLOCKS
     )

@@ -335,38 +335,3 @@ def test_bad_images_are_named():
         tiny_model()(torch.zeros(1, 3, 32, 64))
     with pytest.raises(ValueError, match="forward_with_selection needs feature_fusion=True"):
         tiny_model(feature_fusion=False).forward_with_selection(torch.zeros(1, 3, 64, 64))
-
-
-def test_a_model_survives_saving_and_loading(tmp_path):
-    model = tiny_model(first_candidate=1, layer_scale=0.1).eval()
-    torch.nn.init.normal_(model.head.weight)
-    model.save_pretrained(tmp_path / "model")
-    again = ffvt.FFVT.from_pretrained(tmp_path / "model").eval()
-    images = torch.randn(2, 3, 64, 64)
-    assert again.config == model.config
-    assert torch.equal(again(images), model(images))
-    larger = ffvt.ViT.from_pretrained(tmp_path / "model", image_size=96)
-    assert type(larger) is ffvt.FFVT
-    assert larger.pos_embed.shape == (1, 37, 64)
-    (tmp_path / "model" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no FFVT configuration"):
-        ffvt.FFVT.from_pretrained(tmp_path / "model")
-
-
-def test_a_saved_plain_vit_is_loaded_as_one(tmp_path):
-    model = tiny_model(feature_fusion=False).eval()
-    torch.nn.init.normal_(model.head.weight)
-    model.save_pretrained(tmp_path)
-    images = torch.randn(2, 3, 64, 64)
-    for kind in (ffvt.FFVT, ffvt.ViT):
-        again = kind.from_pretrained(tmp_path)
-        assert type(again) is ffvt.ViT
-        assert torch.equal(again(images), model(images))
-
-
-def test_a_subclass_loads_as_itself(tmp_path):
-    class Mine(ffvt.FFVT):
-        pass
-
-    tiny_model().save_pretrained(tmp_path)
-    assert type(Mine.from_pretrained(tmp_path)) is Mine
