@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ffvt
 from benchmarks.oracle import explicit, rms, truth
+from ffvt.data.sampling import TrainingBatch
 from ffvt.model.config import make_config
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
@@ -85,6 +86,13 @@ def launch(run: TrainOptions | Mapping[str, Any], folder: Path, processes: int =
 def values(folder: Path, kind: str = "train", key: str = "loss") -> list[Any]:
     """What the lines of one kind in a run's log have for a key, where they have it."""
     return [line[key] for line in read_log(folder) if line["kind"] == kind and key in line]
+
+
+def batch_of(
+    images: Tensor, labels: Tensor, jitter: Tensor | None = None, erased: Tensor | None = None
+) -> TrainingBatch:
+    """What a loader would give for these images and labels."""
+    return TrainingBatch(images, labels, torch.arange(len(labels)), jitter, erased, [""] * len(labels))
 
 
 def skip_unserved(backend: str, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from ffvt.data.transforms import (
     draw_jitter,
     evaluation_view,
     normalize,
-    random_crop_flip,
     random_view,
 )
 from ffvt.kernels.backends import _load, _missing, use_backend
@@ -38,7 +37,9 @@ def test_transforms_are_the_authors(photographs):
     )
     found = normalize(center_crop(load_image(path, 48), 32)[None])[0]
     torch.testing.assert_close(found, chain(picture))
-    crops = [random_crop_flip(load_image(path, 34), 32, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    crops = [
+        random_view(load_image(path, 34), 32, PLAIN, torch.Generator().manual_seed(seed))[0] for seed in range(200)
+    ]
     seen = {crop.numpy().tobytes() for crop in crops}
     assert len(seen) == 2 * 3 * 3  # every offset, mirrored and not
 
@@ -163,7 +164,7 @@ def test_random_choices_have_the_distributions_of_the_authors_chain():
     torch.testing.assert_close(ours, torch.linspace(0.6, 1.4, 6000)[:, None].expand(-1, 3), rtol=0, atol=0.02)
     assert torch.bincount(draws[:, 3].long(), minlength=6).tolist() == pytest.approx([1000] * 6, rel=0.12)
     ramp = torch.arange(40).expand(3, 40, 40).to(torch.uint8)  # a pixel tells its column
-    crops = [random_crop_flip(ramp, 32, generator) for _ in range(3600)]
+    crops = [random_view(ramp, 32, PLAIN, generator)[0] for _ in range(3600)]
     flipped = [int(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops]
     assert sum(flipped) / 3600 == pytest.approx(0.5, abs=0.03)
     lefts = torch.tensor([int(crop[0, 0].min()) for crop in crops])

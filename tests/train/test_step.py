@@ -8,7 +8,7 @@ from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState, build_model
 from ffvt.train.step import Preparation, training_step
-from tests.helpers import SMALL
+from tests.helpers import SMALL, batch_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -22,7 +22,7 @@ def one_step(head_std=0.0, poison=None, **changes):
     images, labels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8)
     if poison:
         state.model.head.bias.register_hook(lambda gradient: gradient * poison)
-    result = training_step(state, images, labels, None, Preparation(PLAIN))
+    result = training_step(state, batch_of(images, labels), Preparation(PLAIN))
     return result.loss, result.norm, state, images
 
 
@@ -79,9 +79,8 @@ def test_the_average_of_the_weights_is_what_is_evaluated():
     state = one_step(ema_decay=0.75, num_steps=5)[2]
     first = [p.detach().clone() for p in state.model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(state.evaluated.parameters(), first))  # of one step so far
-    training_step(
-        state, torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8), None, Preparation(PLAIN)
-    )
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    training_step(state, batch_of(images, torch.arange(8)), Preparation(PLAIN))
     expected = [0.75 * a + 0.25 * b for a, b in zip(first, state.model.parameters())]
     torch.testing.assert_close(list(state.evaluated.parameters()), expected)
     assert not torch.equal(first[0], next(state.model.parameters()))
@@ -91,14 +90,14 @@ def test_each_part_of_a_batch_is_prepared_with_its_own_jitter():
     recipe, seen = Recipe(jitter=0.4), []
 
     class Recorded(Preparation):
-        def __call__(self, images, jitter=None):
-            seen.append(super().__call__(images, jitter).clone())
+        def __call__(self, *given):
+            seen.append(super().__call__(*given).clone())
             return seen[-1]
 
     options = TrainOptions(**{**SMALL, "gradient_accumulation_steps": 4})
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     jitter = NO_JITTER.repeat(8, 1)
     jitter[:, 0] = torch.linspace(0.6, 1.4, 8)
-    training_step(TrainState(options, ALONE, 9), images, torch.arange(8), jitter, Recorded(recipe))
+    training_step(TrainState(options, ALONE, 9), batch_of(images, torch.arange(8), jitter), Recorded(recipe))
     assert [len(part) for part in seen] == [2, 2, 2, 2]
     torch.testing.assert_close(torch.cat(seen), augment(images, jitter, recipe), rtol=0, atol=1e-6)
