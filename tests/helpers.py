@@ -66,9 +66,13 @@ AUTHORS_COMMANDS = {
 def flags(run: TrainOptions | Mapping[str, Any]) -> list[str]:
     """The command-line flags that make these options, or options of these values."""
     if isinstance(run, TrainOptions):
-        run = {name: value for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)}
-    pairs = run.items()
-    return [part for name, value in pairs for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        own = {name: getattr(run, name) for name in run.to_dict()}
+        run = {name: value for name, value in own.items() if value != getattr(TrainOptions, name)}
+    parts = []
+    for name, value in run.items():
+        spelled = [] if value is True else value if isinstance(value, tuple) else [value]
+        parts += [f"--{name}", *map(str, spelled)]
+    return parts
 
 
 def torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
@@ -88,10 +92,9 @@ def values(folder: Path, kind: str = "train", key: str = "loss") -> list[Any]:
     return [line[key] for line in read_log(folder) if line["kind"] == kind and key in line]
 
 
-def batch_of(
-    images: Tensor, labels: Tensor, jitter: Tensor | None = None, erased: Tensor | None = None
-) -> TrainingBatch:
-    """What a loader would give for these images and labels."""
+def batch_of(images: Tensor, labels: Tensor, jitter: Tensor | None = None) -> TrainingBatch:
+    """What a loader gives for these images and labels, with nothing erased."""
+    erased = torch.zeros(len(labels), 4, dtype=torch.int64)
     return TrainingBatch(images, labels, torch.arange(len(labels)), jitter, erased, [""] * len(labels))
 
 
