@@ -24,7 +24,7 @@ AUGMENTATIONS = ("none", "flip", "crop", "jitter", "trivial", "rand", "auto")
 CLASS_WEIGHTS = ("none", "inverse", "sqrt")
 DEVICES = ("auto", "cpu", "cuda")
 IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and --precision decide
-MIN_ALPHA = 0.001  # below it, PyTorch's Beta distribution gives 0.5 instead of 0 or 1
+MIN_ALPHA = 0.01  # below it PyTorch's Beta distribution gives 0.5 in the place of many a 0 or 1
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 
 DATA, AUGMENTATION, MODEL, OPTIMISER = "data", "augmentation and balance", "model", "optimiser"

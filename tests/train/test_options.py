@@ -7,8 +7,9 @@ from dataclasses import fields
 import pytest
 
 from ffvt.cli import make_parser
+from ffvt.data import transforms
 from ffvt.train.memory import OPTIMIZER_TENSORS
-from ffvt.train.options import OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
+from ffvt.train.options import AUGMENTATIONS, OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
 from tests.helpers import AUTHORS_COMMANDS, flags
 
 
@@ -73,7 +74,7 @@ def test_bad_options_end_with_a_usage_message(arguments, message, capsys):
         ({"learning_rate": float("nan")}, "train: learning_rate must be finite; got learning_rate=nan"),
         ({"workers": -1}, "train: workers must be at least 0; got workers=-1"),
         ({"augment": "all"}, "train: augment must be one of none, flip, crop, .*, auto; got augment='all'"),
-        ({"mixup": 1e-9}, "train: mixup must be 0 or at least 0.001; got mixup=1e-09"),
+        ({"mixup": 1e-9}, "train: mixup must be 0 or at least 0.01; got mixup=1e-09"),
         ({"mean": (0.5, 0.5)}, r"train: mean must be 3 numbers, or empty; got mean=\(0.5, 0.5\)"),
         ({"mean": (0.5,) * 3}, r"train: std must be given with mean; got std=\(\)"),
         ({"class_weights": "sqrt", "balanced_sampling": True}, ".* none with balanced_sampling=True; got .*='sqrt'"),
@@ -126,3 +127,4 @@ def test_the_help_is_grouped_by_topic_and_marks_the_authors_flags():
 
 def test_choices_are_those_of_the_code_that_takes_them():
     assert tuple(OPTIMIZER_TENSORS) == OPTIMIZERS
+    assert tuple(transforms.AUGMENTATIONS) == AUGMENTATIONS
