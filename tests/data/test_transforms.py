@@ -227,13 +227,17 @@ def torchvisions_view(image, recipe, policy, seed):
     return view
 
 
+def on_pillow(transform):
+    return lambda view: v2.functional.pil_to_tensor(transform(v2.functional.to_pil_image(view)))
+
+
 TORCHVISIONS = {
     "none": None,
     "flip": None,
     "crop": None,
     "jitter": None,
-    "trivial": v2.TrivialAugmentWide(fill=[128] * 3),
-    "rand": v2.RandAugment(fill=[128] * 3),
+    "trivial": on_pillow(v2.TrivialAugmentWide(fill=[128] * 3)),
+    "rand": on_pillow(v2.RandAugment(fill=[128] * 3)),
     "auto": v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=[128] * 3),
 }
 
