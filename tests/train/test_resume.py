@@ -38,7 +38,7 @@ SLOW = pytest.mark.slow
         pytest.param(
             {
                 **dict(augment="trivial", random_erasing=0.5, mixup=0.2, cutmix=1.0),
-                **dict(balanced_sampling=True, smoothing_value=0.1, gradient_accumulation_steps=2, workers=2),
+                **dict(balanced_sampling=True, smoothing_value=0.1, gradient_accumulation_steps=2),
             },
             id="mixed, erased, balanced",
             marks=SLOW,
