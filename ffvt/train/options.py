@@ -113,7 +113,10 @@ class TrainOptions:
         (), "standard deviations beside mean", AUGMENTATION, kind=float, count=3, within="[0.001, 1]"
     )
     class_weights: str = option(
-        "none", "weights in the loss by one over a class's images, or its root", AUGMENTATION, choices=CLASS_WEIGHTS
+        "none",
+        "weigh each class in the loss by one over its training images, or over their root",
+        AUGMENTATION,
+        choices=CLASS_WEIGHTS,
     )
     balanced_sampling: bool = option(False, "train on images of every class equally often", AUGMENTATION)
 
