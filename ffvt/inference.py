@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffvt.data.datasets import open_split, recipe_of
+from ffvt.data.datasets import open_split, recipe_for
 from ffvt.data.images import load_image
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import evaluation_view, normalize
@@ -26,12 +26,13 @@ class Classifier:
         model: the model, in evaluation mode.
         classes: the classes' names, in the order of the logits.
         facts: what the checkpoint says of its training: "options", "resize_size", "step", the score.
+        recipe: the transforms of that training, of which mean and std count here.
     """
 
     def __init__(self, model: FFVT, facts: dict[str, Any]) -> None:
         self.model, self.facts = model.eval(), facts
         self.classes: list[str] = facts["classes"]
-        self.recipe = recipe_of(facts["options"]["dataset"])
+        self.recipe = recipe_for(facts["options"])
 
     def transform(self, path: str | Path) -> Tensor:
         """An image file as the model sees it, before normalisation: uint8 (3, S, S).

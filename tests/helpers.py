@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ffvt
 from benchmarks.oracle import explicit, rms, truth
+from ffvt.data.sampling import TrainingBatch
 from ffvt.model.config import make_config
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
@@ -65,9 +66,13 @@ AUTHORS_COMMANDS = {
 def flags(run: TrainOptions | Mapping[str, Any]) -> list[str]:
     """The command-line flags that make these options, or options of these values."""
     if isinstance(run, TrainOptions):
-        run = {name: value for name, value in run.to_dict().items() if value != getattr(TrainOptions, name)}
-    pairs = run.items()
-    return [part for name, value in pairs for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        own = {name: getattr(run, name) for name in run.to_dict()}
+        run = {name: value for name, value in own.items() if value != getattr(TrainOptions, name)}
+    parts = []
+    for name, value in run.items():
+        spelled = [] if value is True else value if isinstance(value, tuple) else [value]
+        parts += [f"--{name}", *map(str, spelled)]
+    return parts
 
 
 def torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
@@ -85,6 +90,12 @@ def launch(run: TrainOptions | Mapping[str, Any], folder: Path, processes: int =
 def values(folder: Path, kind: str = "train", key: str = "loss") -> list[Any]:
     """What the lines of one kind in a run's log have for a key, where they have it."""
     return [line[key] for line in read_log(folder) if line["kind"] == kind and key in line]
+
+
+def batch_of(images: Tensor, labels: Tensor, jitter: Tensor | None = None) -> TrainingBatch:
+    """What a loader gives for these images and labels, with nothing erased."""
+    erased = torch.zeros(len(labels), 4, dtype=torch.int64)
+    return TrainingBatch(images, labels, torch.arange(len(labels)), jitter, erased, [""] * len(labels))
 
 
 def skip_unserved(backend: str, dtype: torch.dtype) -> None:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from ffvt.data.images import load_image
-from ffvt.data.transforms import center_crop, normalize
-from ffvt.inference import evaluate_checkpoint, load
+from ffvt.data.transforms import PLAIN, center_crop, normalize
+from ffvt.inference import Classifier, evaluate_checkpoint, load
+from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
@@ -65,3 +67,19 @@ def test_other_classes_and_unreadable_images_are_refused(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         classifier([tmp_path / "broken.png"])
+
+
+def test_a_classifier_normalises_as_its_run_did_and_older_checkpoints_still_load(trained):
+    result, paths = trained
+    checkpoint = load_checkpoint(result.folder / "last")
+    older = {
+        name: value for name, value in checkpoint.facts["options"].items() if name not in ("mean", "std", "augment")
+    }
+    assert Classifier(checkpoint.model, {**checkpoint.facts, "options": older}).recipe == PLAIN
+    own = {**checkpoint.facts["options"], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.3], "augment": "auto"}
+    classifier = Classifier(checkpoint.model, {**checkpoint.facts, "options": own})
+    assert (classifier.recipe.mean, classifier.recipe.std) == ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3))
+    images = torch.stack([classifier.transform(path) for path in paths])
+    pixels = v2.functional.normalize(images / 255, [0.1, 0.2, 0.3], [0.5, 0.4, 0.3])
+    expected = classifier.model(pixels).softmax(-1).max(-1).values.tolist()
+    assert [found[0][1] for found in classifier(paths)] == pytest.approx(expected, rel=1e-5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ffvt.data.images import load_image
 from ffvt.data.layouts import CIFAR, Listing, canonical_name, read_cifar, read_listing
 from ffvt.data.partbirds import PRESETS as PARTBIRDS_PRESETS
 from ffvt.data.partbirds import PartBirds
-from ffvt.data.transforms import PLAIN, RECIPES, Recipe
+from ffvt.data.transforms import PLAIN, RECIPES, Recipe, augmented
 
 
 class ImageSet(Protocol):
@@ -117,8 +118,33 @@ def describe(images: ImageSet, index: int) -> str:
 
 
 def recipe_of(dataset: str) -> Recipe:
-    """The transforms that a data set is trained with."""
+    """The transforms that a data set is trained with, unless a run's options say something else (`recipe_for`)."""
     return RECIPES.get(canonical_name(dataset), PLAIN)
+
+
+def recipe_for(
+    options: Mapping[str, Any],
+    default_mean: Sequence[float] | None = None,
+    default_std: Sequence[float] | None = None,
+) -> Recipe:
+    """The transforms of a run, from its training options, also those of a checkpoint from before some of them.
+
+    What the options leave open is the data set's. default_mean and default_std, those that a model was pretrained with,
+    come before the data set's.
+
+    Raises:
+        ValueError: mean or std are not three usable numbers.
+    """
+    recipe = recipe_of(options["dataset"])
+    if options.get("augment"):
+        recipe = augmented(recipe, options["augment"])
+    return replace(
+        recipe,
+        resized_crop=options.get("resized_crop") or recipe.resized_crop,
+        erasing=options.get("random_erasing") or 0.0,
+        mean=options.get("mean") or default_mean or recipe.mean,
+        std=options.get("std") or default_std or recipe.std,
+    )
 
 
 def open_split(

@@ -21,12 +21,14 @@ SKIPPED = -1  # label of a picture that could not be read and is not to be count
 
 
 class TrainingSample(NamedTuple):
-    """image (3, S, S) uint8, perhaps a view; label; index; jitter (4,) for `augment`; what went wrong, or ""."""
+    """image (3, S, S) uint8, perhaps a view; label; index; jitter (4,) for `augment`; erased (4,) for `erase`; the
+    problem: what went wrong, or ""."""
 
     image: Tensor
     label: int
     index: int
     jitter: Tensor
+    erased: Tensor
     problem: str
 
 
@@ -41,12 +43,14 @@ class EvaluationSample(NamedTuple):
 
 
 class TrainingBatch(NamedTuple):
-    """Samples side by side: image (B, 3, S, S) uint8, label (B,), index (B,), jitter (B, 4), the problems as a list."""
+    """Samples side by side: image (B, 3, S, S) uint8, label (B,), index (B,), jitter and erased (B, 4) or None, the
+    problems as a list."""
 
     image: Tensor
     label: Tensor
     index: Tensor
-    jitter: Tensor
+    jitter: Tensor | None
+    erased: Tensor | None
     problem: list[str]
 
 
@@ -73,8 +77,9 @@ class TrainingView(Dataset):
             image, *others = self[key]
             row.copy_(image)
             rest.append(others)
-        labels, indices, jitter, problems = zip(*rest)
-        return TrainingBatch(images, torch.tensor(labels), torch.tensor(indices), torch.stack(jitter), list(problems))
+        labels, indices, jitter, erased, problems = zip(*rest)
+        facts = (torch.tensor(labels), torch.tensor(indices), torch.stack(jitter), torch.stack(erased))
+        return TrainingBatch(images, *facts, list(problems))
 
     def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
@@ -87,8 +92,8 @@ class TrainingView(Dataset):
                 problem = problem or f"{describe(self.images, chosen)}: {error}"
                 continue
             generator = torch.Generator().manual_seed(mix(self.seed, epoch, index))
-            view, jitter = random_view(image, self.image_size, self.recipe, generator)
-            return TrainingSample(view, label, chosen, jitter, problem)
+            view, jitter, erased = random_view(image, self.image_size, self.recipe, generator)
+            return TrainingSample(view, label, chosen, jitter, erased, problem)
         raise ValueError(f"train: pictures must be readable; {MAX_REPLACEMENTS} in a row are not, the first {problem}")
 
 
@@ -175,9 +180,80 @@ class StepSampler(Sampler):
     def _key(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch, -1))
-            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=generator)
+            self._epoch, self._order = epoch, _permutation(self.num_samples, self.seed, epoch, -1)
         return epoch, int(self._order[offset])
+
+
+class BalancedSampler(StepSampler):
+    """A `StepSampler` whose stream holds every class equally often.
+
+    The stream is one permutation of the classes after the other; each class takes its own images in one permutation
+    after the other. The epoch in a sample's key is how often its class has been gone through, so no key comes twice.
+
+    Raises:
+        ValueError: a class has no image.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        classes: Sequence[str],
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ) -> None:
+        super().__init__(len(labels), batch_size, num_steps, seed, rank, world_size, start)
+        class_counts(labels, classes, "balanced_sampling")
+        self.members: list[list[int]] = [[] for _ in classes]
+        for index, label in enumerate(labels):
+            self.members[label].append(index)
+        self._round, self._classes = -1, torch.empty(0, dtype=torch.int64)
+        self._orders = [(-1, torch.empty(0, dtype=torch.int64))] * len(classes)  # of each: which pass, its order
+
+    def _key(self, position: int) -> tuple[int, int]:
+        turn, place = divmod(position, len(self.members))
+        if turn != self._round:
+            self._round, self._classes = turn, _permutation(len(self.members), self.seed, turn, -3)
+        label = int(self._classes[place])
+        members = self.members[label]
+        epoch, offset = divmod(turn, len(members))
+        if epoch != self._orders[label][0]:
+            self._orders[label] = epoch, _permutation(len(members), self.seed, epoch, label, -3)
+        return epoch, members[self._orders[label][1][offset]]
+
+
+def _permutation(count: int, *decided_by: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(*decided_by)))
+
+
+def class_counts(labels: Sequence[int], classes: Sequence[str], option: str) -> Tensor:
+    """How many images each class has: (C,) int64.
+
+    Raises:
+        ValueError: a class has none, which the option does not allow.
+    """
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=len(classes))
+    if not counts.all():
+        name = classes[int((counts == 0).nonzero()[0])]
+        raise ValueError(f"train: {option} needs training images of every class; got none of {name[:100]!r}")
+    return counts
+
+
+def class_weights(kind: str, counts: Tensor) -> Tensor:
+    """Weights of the classes in the loss, whose mean over the training images is 1, so that the loss keeps its size.
+
+    Args:
+        kind: "inverse": one over the class's count, "sqrt": one over its root.
+        counts: of each class, (C,).
+
+    Returns:
+        (C,) fp32.
+    """
+    weights = counts.double() ** {"inverse": -1.0, "sqrt": -0.5}[kind]
+    return (weights * counts.sum() / (weights * counts).sum()).float()
 
 
 def split_off(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -1,47 +1,90 @@
 """The recipes' transforms: resize to a square, crop, flip, colour, normalise.
 
-The deterministic part (decode, resize) gives uint8 and can be kept in a cache. Of the random part, what depends on the
-single picture (crop, flip, policy) is done where it is loaded, on uint8; colour jitter and normalising are done on the
-whole batch, on the device. Every random choice comes from a generator per (seed, epoch, index), so a sample looks the
-same whatever the worker, the rank or the batch it lands in.
+The deterministic part (decode, resize) gives uint8 and can be kept in a cache. Of the random part, what depends on a
+single picture (crop, flip, policy) is done where it is loaded, on uint8; colour jitter, normalising and erasing are
+done on the whole batch, on the device. Every random choice comes from a generator per (seed, epoch, index), so a sample
+looks the same whatever the worker, the rank or the batch it lands in.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ffvt.errors import require
 from ffvt.kernels.backends import forced_backend, resolve
 from ffvt.kernels.reference import ORDERS
 
 NO_JITTER = torch.tensor([1.0, 1.0, 1.0, 0.0])
+NOT_ERASED = torch.zeros(4, dtype=torch.int64)
+GREY = [128, 128, 128]  # where a policy moves the picture away
+POLICIES = {  # on Pillow's images RandAugment and TrivialAugment take 0.3 to 0.4 of the time that they take on tensors
+    "auto": v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=GREY),
+    "rand": v2.Compose([v2.ToPILImage(), v2.RandAugment(fill=GREY), v2.PILToTensor()]),
+    "trivial": v2.Compose([v2.ToPILImage(), v2.TrivialAugmentWide(fill=GREY), v2.PILToTensor()]),
+}
+_ERASING = v2.RandomErasing(p=1.0)  # draws the rectangle; a recipe says how often
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set's training adds to resize, crop and flip, and its normalisation.
+    """What training does to resized pictures, and how training and evaluation normalise them.
 
-    jitter: brightness, contrast and saturation are scaled by factors from [1 - jitter, 1 + jitter], in random order.
-    policy: AutoAugment's ImageNet policy. resized_crop: crops cover 5 to 100 % of the picture and are scaled to the
-    image size, without flips (the CIFAR recipe), instead of being cut out at that size.
+    Attributes:
+        crop: cut the view out at a random place; else the middle.
+        flip: mirror half of the views.
+        jitter: brightness, contrast, saturation are scaled by factors from [1 - jitter, 1 + jitter], in random order.
+        policy: a name of `POLICIES`, or "" for none.
+        resized_crop: random crops cover this share of the picture to all of it, and are scaled to the image size; 0:
+            they are cut out at that size.
+        whole: the middle is the whole picture, scaled to the image size, as small pictures need (CIFAR).
+        erasing: how often a rectangle of a view is erased.
+        mean, std: of each channel, as shares of white.
+
+    Raises:
+        ValueError: mean or std are not three usable numbers.
     """
 
+    crop: bool = True
+    flip: bool = True
     jitter: float = 0.0
-    policy: bool = False
-    resized_crop: bool = False
+    policy: str = ""
+    resized_crop: float = 0.0
+    whole: bool = False
+    erasing: float = 0.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        require(_are_channels(self.mean, -math.inf), "recipe", "mean", "three finite numbers", self.mean)
+        require(_are_channels(self.std, 1e-4), "recipe", "std", "three finite numbers above 0.0001", self.std)
+        for name in ("mean", "std"):  # lists come from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+def _are_channels(values: Any, above: float) -> bool:
+    numbers = isinstance(values, (tuple, list)) and all(isinstance(value, (int, float)) for value in values)
+    return numbers and len(values) == 3 and all(above < value < math.inf for value in values)
+
 
 PLAIN = Recipe()
+AUGMENTATIONS = {  # by name of `--augment`: what it changes in PLAIN's random part, which is crop and flip
+    "none": {"crop": False, "flip": False},
+    "flip": {"crop": False},
+    "crop": {},
+    "jitter": {"jitter": 0.4},
+    **{policy: {"policy": policy} for policy in ("trivial", "rand", "auto")},
+}
 _JITTERED = Recipe(jitter=0.4)
-_POLICY = Recipe(policy=True)
-_CIFAR = Recipe(resized_crop=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+_POLICY = Recipe(policy="auto")
+_CIFAR = Recipe(flip=False, resized_crop=0.05, whole=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 RECIPES = {  # the authors'; NABirds, of which they give none, is treated as CUB. All others: crop and flip.
     "CUB": _JITTERED,
     "dog": _JITTERED,
@@ -54,35 +97,43 @@ RECIPES = {  # the authors'; NABirds, of which they give none, is treated as CUB
 }
 
 
-def random_view(image: Tensor, size: int, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One random view of a picture: crop, flip and policy applied, the colours' factors drawn.
+def augmented(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the random part of a name of `AUGMENTATIONS` instead of its own.
 
-    image: uint8 (3, R, R). Returns the view, uint8 (3, size, size), and jitter (4,) fp32 for `augment`.
+    Raises:
+        ValueError: there is no such name.
     """
-    if recipe.resized_crop:
-        return _resized_crop(image, size, generator), NO_JITTER
-    view = random_crop_flip(image, size, generator)
+    require(name in AUGMENTATIONS, "recipe", "augment", f"one of {', '.join(AUGMENTATIONS)}", name)
+    return replace(recipe, **{"crop": True, "flip": True, "jitter": 0.0, "policy": "", **AUGMENTATIONS[name]})
+
+
+def random_view(image: Tensor, size: int, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One random view of a picture: crop, flip and policy applied, the colours' factors and what is erased drawn.
+
+    image: uint8 (3, R, R). Returns the view, uint8 (3, size, size), perhaps a view of the image; jitter (4,) fp32 for
+    `augment`; and for `erase` the rectangle's top, left, height and width, (4,) int64, zeros for none.
+    """
+    view = _random_crop(image, size, recipe, generator) if recipe.crop else evaluation_view(image, size, recipe)
+    if recipe.flip and torch.rand((), generator=generator) < 0.5:
+        view = view.flip(-1)
     if recipe.policy:
-        with _global_generator_from(generator):
-            view = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=[128, 128, 128])(view)
-    return view, draw_jitter(recipe.jitter, generator)
+        with global_generator_from(generator):
+            view = POLICIES[recipe.policy](view)
+    jitter = draw_jitter(recipe.jitter, generator)
+    return view, jitter, draw_erased(recipe.erasing, view, generator)
 
 
-def random_crop_flip(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random size x size crop of (3, R, R), a view of it, or mirrored half of the time, a copy."""
+def _random_crop(image: Tensor, size: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    if recipe.resized_crop:
+        with global_generator_from(generator):
+            return v2.RandomResizedCrop(size, scale=(recipe.resized_crop, 1.0), antialias=True)(image)
     room = image.shape[-1] - size
     top, left = torch.randint(room + 1, (2,), generator=generator).tolist()
-    crop = image[:, top : top + size, left : left + size]
-    return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
-
-
-def _resized_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    with _global_generator_from(generator):
-        return v2.RandomResizedCrop(size, scale=(0.05, 1.0), antialias=True)(image)
+    return image[:, top : top + size, left : left + size]
 
 
 @contextmanager
-def _global_generator_from(generator: torch.Generator) -> Iterator[None]:
+def global_generator_from(generator: torch.Generator) -> Iterator[None]:
     """The CPU's global generator, from which torchvision draws, seeded from another one and afterwards as before."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # no GPU's
@@ -101,6 +152,21 @@ def draw_jitter(strength: float, generator: torch.Generator) -> Tensor:
     return torch.cat([factors, torch.randint(len(ORDERS), (1,), generator=generator)])
 
 
+def draw_erased(share: float, view: Tensor, generator: torch.Generator) -> Tensor:
+    """In a share of the views a rectangle, as torchvision's RandomErasing draws it: top, left, height, width, int64."""
+    if share == 0 or torch.rand((), generator=generator) >= share:
+        return NOT_ERASED
+    with global_generator_from(generator):
+        drawn = _ERASING.make_params([view])
+    return NOT_ERASED if drawn["v"] is None else torch.tensor([drawn[key] for key in "ijhw"])
+
+
+def erase(pixels: Tensor, rectangles: Tensor) -> None:
+    """Sets rectangles of normalised pixels (B, 3, S, S) to zero, the mean colour; rectangles (B, 4) on the CPU."""
+    for image, (top, left, height, width) in zip(pixels, rectangles.tolist()):
+        image[:, top : top + height, left : left + width] = 0
+
+
 def center_crop(image: Tensor, size: int) -> Tensor:
     """The middle size x size of (3, R, R)."""
     start = (image.shape[-1] - size) // 2
@@ -108,8 +174,8 @@ def center_crop(image: Tensor, size: int) -> Tensor:
 
 
 def evaluation_view(image: Tensor, size: int, recipe: Recipe) -> Tensor:
-    """What evaluation sees of (3, R, R) uint8: the middle, or with the CIFAR recipe all of it, scaled to the size."""
-    if recipe.resized_crop:
+    """What evaluation sees of (3, R, R) uint8: the middle, or all of it, scaled to the size."""
+    if recipe.whole:
         return v2.functional.resize(image, [size, size], antialias=True)
     return center_crop(image, size)
 

@@ -41,8 +41,10 @@ def config_flags(path: str | Path, known: Mapping[str, Any]) -> list[str]:
             if value.lower() not in SWITCHES:
                 raise ValueError(f"config: {path} must give {name} true or false; got {value[:80]!r}")
             flags.append(f"--{name}" if SWITCHES[value.lower()] else f"--no-{name}")
+        elif isinstance(default, tuple):
+            flags += [f"--{name}", *parts] if parts else []
         elif isinstance(default, str) or value not in EMPTY:
-            flags.append(f"--{name}={' '.join(parts)}")
+            flags.append(f"--{name}={value}")
     return flags
 
 

@@ -8,8 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
-from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_of
-from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, TrainingView, batch_as_it_is, split_off
+from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_for
+from ffvt.data.mixing import Mixing
+from ffvt.data.sampling import (
+    BalancedSampler,
+    EvaluationView,
+    StepSampler,
+    TrainingBatch,
+    TrainingView,
+    batch_as_it_is,
+    class_counts,
+    class_weights,
+    split_off,
+)
 from ffvt.data.transforms import Recipe
 from ffvt.model.config import make_config
 from ffvt.train.distributed import World
@@ -45,15 +56,34 @@ class Data:
 
     @property
     def recipe(self) -> Recipe:
-        """The transforms that the data set is trained with."""
+        """The transforms of the run."""
         return self.train.recipe
+
+    def mixing(self, options: TrainOptions) -> Mixing | None:
+        """What mixes the images of a batch, if anything does."""
+        if not (options.mixup or options.cutmix):
+            return None
+        return Mixing(options.mixup, options.cutmix, len(self.classes))
+
+    def class_weights(self, options: TrainOptions, device: torch.device) -> torch.Tensor | None:
+        """The weights of the classes in the loss, (C,) fp32 on the device; None for equal ones.
+
+        Raises:
+            ValueError: a class has no training image.
+        """
+        if options.class_weights == "none":
+            return None
+        counts = class_counts(self.train.images.labels, self.classes, "class_weights")
+        return class_weights(options.class_weights, counts).to(device)
 
     def batches(self, options: TrainOptions, world: World, step: int, samples: int) -> Iterator[TrainingBatch]:
         """This rank's batches, from after `step` steps in which all ranks drew `samples` images, to the last step."""
         steps = options.num_steps - step
-        sampler = StepSampler(
-            len(self.train), options.train_batch_size, steps, options.seed, world.rank, world.size, samples
-        )
+        cut = (options.train_batch_size, steps, options.seed, world.rank, world.size, samples)
+        if options.balanced_sampling:
+            sampler = BalancedSampler(self.train.images.labels, self.classes, *cut)
+        else:
+            sampler = StepSampler(len(self.train), *cut)
         loader = DataLoader(
             self.train,
             batch_sampler=sampler,
@@ -74,7 +104,7 @@ def open_data(options: TrainOptions) -> Data:
         ValueError: the data set, its files or the sizes do not fit.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
-    recipe = recipe_of(options.dataset)
+    recipe = recipe_for(options.to_dict())
     grid_size = make_config(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:
@@ -86,6 +116,8 @@ def open_data(options: TrainOptions) -> Data:
         kept, off = split_off(training.labels, options.val_split, options.seed)
         validation, validation_split = evaluation(ImageSubset(training, off)), "val"
         training = ImageSubset(training, kept)
+    if options.balanced_sampling:
+        class_counts(training.labels, training.classes, "balanced_sampling")  # before anything is made
     train = TrainingView(training, options.img_size, options.seed, recipe)
     return Data(train, validation, test, validation_split)
 

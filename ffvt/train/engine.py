@@ -73,6 +73,7 @@ def train(options: TrainOptions) -> TrainResult:
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
         data = open_data(options)
         options = options.in_steps(len(data.train), world.size)
+        weights = data.class_weights(options, world.device)
         state = TrainState(options, world, len(data.classes))
         peak_flops = measure_matmul_flops(world.device, dtype_of(options.autocast_precision))
         run.start(state, data, facts_of(options, world, data, peak_flops))
@@ -82,16 +83,16 @@ def train(options: TrainOptions) -> TrainResult:
         state.parallel.train()
         if state.step and _is_due(state) and state.evaluated_step != state.step:  # it was stopped before that
             run.save(state, data, is_best=_evaluate(state, data, lines), must=False)
-        prepare, throughput = Preparation(data.recipe), Throughput()
+        prepare, throughput = Preparation(data.recipe, data.mixing(options)), Throughput()
         batches = () if _has_converged(state) else data.batches(options, world, state.step, state.samples)
-        for images, labels, index, jitter, problems in batches:
-            lines.unreadable(problems)
+        for batch in batches:
+            lines.unreadable(batch.problem)
             rate = state.scheduler.get_last_lr()[-1]
-            step = training_step(state, images, labels, jitter, prepare, asked_to_stop.is_set())
-            throughput.count(len(labels) * world.size)
+            step = training_step(state, batch, prepare, asked_to_stop.is_set(), weights)
+            throughput.count(len(batch.label) * world.size)
             run.log.advance()
             if step.skipped:
-                lines.skipped(index)
+                lines.skipped(batch.index)
             is_due = _is_due(state)
             if is_due or state.step % options.log_every == 0:
                 lines.training(rate, throughput)

@@ -21,16 +21,29 @@ from ffvt.train.recipes import RECIPES
 
 OPTIMIZERS = ("sgd", "adamw")
 DECAYS = ("cosine", "linear")
+AUGMENTATIONS = ("none", "flip", "crop", "jitter", "trivial", "rand", "auto")
+CLASS_WEIGHTS = ("none", "inverse", "sqrt")
 DEVICES = ("auto", "cpu", "cuda")
 IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and --precision decide
 IN_EPOCHS = {"epochs": "num_steps", "warmup_epochs": "warmup_steps", "eval_epochs": "eval_every"}
+MIN_ALPHA = 0.01  # below it PyTorch's Beta distribution gives 0.5 in the place of many a 0 or 1
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
 
-DATA, MODEL, OPTIMISER, SCHEDULE = "data", "model", "optimiser", "schedule"
+DATA, AUGMENTATION, MODEL, OPTIMISER = "data", "augmentation and balance", "model", "optimiser"
+SCHEDULE = "schedule"
 SPEED, CHECKPOINTS, EVALUATION, RUN = "precision and speed", "checkpoints", "evaluation", "run"
 
 
-def option(default: Any, help: str, group: str, *, authors: bool = False, kind: type | None = None, **limits) -> Any:
+def option(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    authors: bool = False,
+    kind: type | None = None,
+    count: int | None = None,
+    **limits,
+) -> Any:
     """Declares one option: a field of `TrainOptions` and a flag of the same name.
 
     Args:
@@ -38,10 +51,12 @@ def option(default: Any, help: str, group: str, *, authors: bool = False, kind: 
         help: what the option means, for `--help`.
         group: the topic under which `--help` shows it.
         authors: whether it is a flag of the authors' code, whose name stays.
-        kind: the type of the flag's value where the default is None.
+        kind: the type of the flag's value where the default is None or empty.
+        count: how many values the flag takes, where that is not one: the field is a tuple, () for the default.
         limits: choices, at_least, above, or within (an interval such as "[0, 1)").
     """
-    facts = {"help": help, "group": group, "authors": authors, "kind": kind or type(default), "limits": limits}
+    facts = {"help": help, "group": group, "authors": authors, "kind": kind or type(default)}
+    facts |= {"count": count, "limits": limits}
     return field(default=default, metadata=facts)
 
 
@@ -63,6 +78,49 @@ class TrainOptions:
     cache_dir: str = option("", "folder in which decoded, resized images are kept, empty for no cache", DATA)
     workers: int = option(2, "processes that load images, per rank", DATA, at_least=0)
     prefetch: int = option(2, "batches that each of them keeps ready", DATA, at_least=1)
+
+    augment: str = option(
+        "",
+        "random changes of training images, empty for the data set's own",
+        AUGMENTATION,
+        choices=("", *AUGMENTATIONS),
+    )
+    resized_crop: float = option(
+        0.0,
+        "smallest fraction of an image in a crop, which is scaled to img_size; 0: crops of img_size",
+        AUGMENTATION,
+        within="[0, 1]",
+    )
+    random_erasing: float = option(
+        0.0, "fraction of training images of which a rectangle is erased", AUGMENTATION, within="[0, 1]"
+    )
+    mixup: float = option(
+        0.0, "mix images: alpha of the Beta distribution of their shares, 0 for none", AUGMENTATION, within="[0, 100]"
+    )
+    cutmix: float = option(
+        0.0,
+        "paste rectangles of other images: alpha as of mixup, 0 for none; with mixup one or the other",
+        AUGMENTATION,
+        within="[0, 100]",
+    )
+    mean: tuple[float, ...] = option(
+        (),
+        "of red, green and blue, as fractions of white, to normalise by; left out: the data set's",
+        AUGMENTATION,
+        kind=float,
+        count=3,
+        within="[0, 1]",
+    )
+    std: tuple[float, ...] = option(
+        (), "standard deviations beside mean", AUGMENTATION, kind=float, count=3, within="[0.001, 1]"
+    )
+    class_weights: str = option(
+        "none",
+        "weigh each class in the loss by one over its training images, or over their root",
+        AUGMENTATION,
+        choices=CLASS_WEIGHTS,
+    )
+    balanced_sampling: bool = option(False, "train on images of every class equally often", AUGMENTATION)
 
     model_type: str = option("ViT-B_16", "model size", MODEL, authors=True, choices=(*AUTHORS_NAMES, *PRESETS))
     pretrained_dir: str = option(
@@ -159,7 +217,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         canonical_name(self.dataset)
         for declared in fields(self):
+            if declared.metadata["count"]:
+                object.__setattr__(self, declared.name, _as_tuple(getattr(self, declared.name)))
             self._check_limits(declared)
+        self._check_augmentation()
         place, parts = PurePath(self.name), self.gradient_accumulation_steps
         is_below = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
         self._require(is_below, "name", "the name of a folder below output_dir")
@@ -172,13 +233,31 @@ class TrainOptions:
             self._require(self.ema_decay == 0, "ema_decay", "0 with fsdp=True")
             self._require(not self.compile, "compile", "False with fsdp=True")
 
+    def _check_augmentation(self) -> None:
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            self._require(alpha == 0 or alpha >= MIN_ALPHA, name, f"0 or at least {MIN_ALPHA}")
+        if self.mixup or self.cutmix:
+            least = 2 * self.gradient_accumulation_steps
+            must = f"at least 2 * gradient_accumulation_steps={least} with mixup or cutmix"
+            self._require(self.train_batch_size >= least, "train_batch_size", must)
+        if self.augment in ("none", "flip"):
+            self._require(self.resized_crop == 0, "resized_crop", f"0 with augment={self.augment!r}")
+        given = "std" if self.mean else "mean"
+        self._require(bool(self.mean) == bool(self.std), given, f"given with {'mean' if self.mean else 'std'}")
+        if self.balanced_sampling:
+            self._require(self.class_weights == "none", "class_weights", "none with balanced_sampling=True")
+
     def _check_limits(self, declared: Field) -> None:
-        name, value, limits = declared.name, getattr(self, declared.name), declared.metadata["limits"]
-        if isinstance(value, float):
-            self._require(math.isfinite(value), name, "finite")
-        for kind, limit in limits.items() if value is not None else ():
-            holds, must = _limit(kind, limit, value)
-            self._require(holds, name, must)
+        name, value, facts = declared.name, getattr(self, declared.name), declared.metadata
+        if facts["count"]:
+            self._require(_are_numbers(value, facts["count"]), name, f"{facts['count']} numbers, or empty")
+        for one in value if facts["count"] else (value,):
+            if isinstance(one, float):
+                self._require(math.isfinite(one), name, "finite")
+            for kind, limit in facts["limits"].items() if one is not None else ():
+                holds, must = _limit(kind, limit, one)
+                self._require(holds, name, must)
 
     def _require(self, holds: bool, name: str, must: str) -> None:
         require(holds, "train", name, must, getattr(self, name))
@@ -204,13 +283,24 @@ class TrainOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list, as JSON and a command line give it, as the tuple that a field holds."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    if not isinstance(value, tuple) or len(value) not in (0, count):
+        return False
+    return all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in value)
 
 
 def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
     """Whether a value keeps a limit of `option`, and what the limit says."""
     if kind == "choices":
-        return value in limit, f"one of {', '.join(limit)}"
+        return value in limit, f"one of {', '.join(filter(None, limit))}"
     if kind == "at_least":
         return value >= limit, f"at least {limit}"
     if kind == "above":
@@ -246,10 +336,10 @@ def _add_flag(group: Any, name: str, default: Any, facts: Mapping[str, Any]) -> 
         group.add_argument(f"--{name}", action=switch, default=False, help=f"{facts['help']}{authors}")
         return
     kind, choices = facts["kind"], facts["limits"].get("choices")
-    meaning = f"{facts['help']}: {', '.join(choices)}" if choices else facts["help"]
-    shown = "" if default in (None, "") else f" (default: {default})"
+    meaning = f"{facts['help']}: {', '.join(filter(None, choices))}" if choices else facts["help"]
+    shown = "" if default in (None, "", ()) else f" (default: {default})"
     metavar = "NAME" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-    more = {"type": kind, "default": default, "choices": choices, "metavar": metavar}
+    more = {"type": kind, "default": default, "choices": choices, "metavar": metavar, "nargs": facts["count"]}
     group.add_argument(f"--{name}", help=f"{meaning}{authors}{shown}", **more)
 
 

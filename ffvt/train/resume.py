@@ -95,8 +95,8 @@ def check_fit(checkpoint: Path, options: TrainOptions, classes: Sequence[str]) -
         raise ValueError(
             f"train: num_steps must be at least the checkpoint's {step}; got num_steps={options.num_steps}"
         )
-    before, now = facts["options"], options.to_dict()
-    changed = [name for name in now if name not in FREE_OPTIONS and before.get(name) != now[name]]
+    before, now = TrainOptions().to_dict() | facts["options"], options.to_dict()  # it may lack newer options
+    changed = [name for name in now if name not in FREE_OPTIONS and before[name] != now[name]]
     if changed:
-        changes = "; ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in changed)
+        changes = "; ".join(f"{name}: {before[name]} -> {now[name]}" for name in changed)
         log.warning("resuming with other options than the checkpoint's: %s", changes)

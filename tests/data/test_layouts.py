@@ -8,7 +8,7 @@ import torch
 from scipy.io import loadmat, savemat
 from torchvision import datasets
 
-from ffvt.data.datasets import open_split, recipe_of
+from ffvt.data.datasets import open_split, recipe_for, recipe_of
 from ffvt.data.layouts import DATASETS, LAYOUTS, canonical_name, find_layout, find_root, read_listing
 from tests.data import layout_fixtures as fixtures
 from tests.data.layout_fixtures import CLASSES, LAYOUT_WRITERS, TEST, TRAIN
@@ -291,3 +291,16 @@ def test_csv_and_ufg_lists_are_checked(tmp_path):
     with pytest.raises(ValueError, match="a class must be a number from 1 on; got 'one'"):
         read_listing("cotton", "test", root)
     assert torch.is_tensor(open_split("cotton", "train", 32, 32, str(root))[0][0])
+
+
+def test_a_runs_options_come_before_the_models_and_those_before_the_data_sets():
+    assert recipe_for({"dataset": "CUB"}) == recipe_of("CUB")  # of a checkpoint from before these options
+    given = recipe_for({"dataset": "CUB", "augment": "", "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}, (0.5,) * 3)
+    assert (given.mean, given.std, given.jitter) == ((0.1, 0.2, 0.3), (1, 1, 1), 0.4)
+    models = recipe_for({"dataset": "imagefolder", "mean": [], "std": []}, [0.5] * 3, [0.4] * 3)
+    assert (models.mean, models.std) == ((0.5,) * 3, (0.4,) * 3)
+    assert recipe_for({"dataset": "csv", "augment": "jitter"}) == recipe_of("CUB")
+    erased = recipe_for({"dataset": "cifar10", "random_erasing": 0.25, "resized_crop": 0.5})
+    assert (erased.erasing, erased.resized_crop, erased.whole, erased.flip) == (0.25, 0.5, True, False)
+    with pytest.raises(ValueError, match="std must be three finite numbers above 0.0001"):
+        recipe_for({"dataset": "CUB", "mean": [0.5] * 3, "std": [0.0] * 3})

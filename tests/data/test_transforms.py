@@ -1,5 +1,6 @@
 """The authors' chain of transforms, batched, on every backend; reading any picture."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +11,18 @@ from torchvision.transforms import v2
 
 from ffvt.data.images import load_image
 from ffvt.data.transforms import (
+    AUGMENTATIONS,
     ORDERS,
     PLAIN,
     RECIPES,
+    Recipe,
     augment,
+    augmented,
     center_crop,
     draw_jitter,
+    erase,
     evaluation_view,
     normalize,
-    random_crop_flip,
     random_view,
 )
 from ffvt.kernels.backends import _load, _missing, use_backend
@@ -38,7 +42,8 @@ def test_transforms_are_the_authors(photographs):
     )
     found = normalize(center_crop(load_image(path, 48), 32)[None])[0]
     torch.testing.assert_close(found, chain(picture))
-    crops = [random_crop_flip(load_image(path, 34), 32, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    image, generator = load_image(path, 34), torch.Generator().manual_seed(0)
+    crops = [random_view(image, 32, PLAIN, generator)[0] for _ in range(200)]
     seen = {crop.numpy().tobytes() for crop in crops}
     assert len(seen) == 2 * 3 * 3  # every offset, mirrored and not
 
@@ -163,7 +168,7 @@ def test_random_choices_have_the_distributions_of_the_authors_chain():
     torch.testing.assert_close(ours, torch.linspace(0.6, 1.4, 6000)[:, None].expand(-1, 3), rtol=0, atol=0.02)
     assert torch.bincount(draws[:, 3].long(), minlength=6).tolist() == pytest.approx([1000] * 6, rel=0.12)
     ramp = torch.arange(40).expand(3, 40, 40).to(torch.uint8)  # a pixel tells its column
-    crops = [random_crop_flip(ramp, 32, generator) for _ in range(3600)]
+    crops = [random_view(ramp, 32, PLAIN, generator)[0] for _ in range(3600)]
     flipped = [int(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops]
     assert sum(flipped) / 3600 == pytest.approx(0.5, abs=0.03)
     lefts = torch.tensor([int(crop[0, 0].min()) for crop in crops])
@@ -186,3 +191,126 @@ def test_policies_and_resized_crops_change_pictures_and_keep_their_size():
 def load_gradient():
     ramp = torch.arange(48 * 48).view(48, 48) % 251
     return torch.stack([ramp, ramp.T, 250 - ramp]).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("name", "digest"), [("", "108ee8bc6919356d"), ("CUB", "18fa298c63d26a54")])
+def test_the_views_of_crop_and_flip_keep_their_bytes(name, digest):
+    image = torch.randint(0, 256, (3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen = hashlib.sha256()
+    for seed in range(20):
+        drawn = random_view(image, 32, RECIPES.get(name, PLAIN), torch.Generator().manual_seed(seed))
+        for part in drawn[:2]:
+            seen.update(part.contiguous().numpy().tobytes())
+    assert seen.hexdigest().startswith(digest)
+
+
+def torchvisions_view(image, recipe, policy, seed):
+    """The definition: the crop, the flip and torchvision's transform, of the same draws."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def seed_torchvision():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+    if recipe.crop and recipe.resized_crop:
+        seed_torchvision()
+        view = v2.RandomResizedCrop(32, scale=(recipe.resized_crop, 1.0), antialias=True)(image)
+    elif recipe.crop:
+        top, left = torch.randint(image.shape[-1] - 32 + 1, (2,), generator=generator).tolist()
+        view = v2.functional.crop(image, top, left, 32, 32)
+    else:
+        view = v2.functional.center_crop(image, [32, 32])
+    if recipe.flip and torch.rand((), generator=generator) < 0.5:
+        view = v2.functional.horizontal_flip(view)
+    if policy:
+        seed_torchvision()
+        view = policy(view)
+    return view
+
+
+def on_pillow(transform):
+    return lambda view: v2.functional.pil_to_tensor(transform(v2.functional.to_pil_image(view)))
+
+
+TORCHVISIONS = {
+    "none": None,
+    "flip": None,
+    "crop": None,
+    "jitter": None,
+    "trivial": on_pillow(v2.TrivialAugmentWide(fill=[128] * 3)),
+    "rand": on_pillow(v2.RandAugment(fill=[128] * 3)),
+    "auto": v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=[128] * 3),
+}
+
+
+@pytest.mark.parametrize("resized_crop", [0.0, 0.3])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_augmentation_is_torchvisions(name, resized_crop):
+    recipe, image = replace(augmented(RECIPES["car"], name), resized_crop=resized_crop), load_gradient()
+    views = [random_view(image, 32, recipe, torch.Generator().manual_seed(seed)) for seed in range(12)]
+    for seed, (view, _, erased) in enumerate(views):
+        assert torch.equal(view, torchvisions_view(image, recipe, TORCHVISIONS[name], seed))
+        assert not erased.any()
+    distinct = len({view.numpy().tobytes() for view, *_ in views})
+    assert distinct == {"none": 1, "flip": 2}.get(name, 12)
+    assert (recipe.jitter == 0.4) == (name == "jitter") == any(jitter[0] != 1 for _, jitter, _ in views)
+
+
+def test_an_augmentation_takes_the_place_of_the_data_sets_random_part_alone():
+    cifar = augmented(RECIPES["cifar10"], "crop")
+    assert cifar == replace(RECIPES["cifar10"], flip=True)
+    small = load_gradient()[:, :20, :20]  # as CIFAR's images are, smaller than what the model sees
+    for name in AUGMENTATIONS:
+        assert random_view(small, 32, augmented(cifar, name), torch.Generator())[0].shape == (3, 32, 32)
+    assert augmented(RECIPES["CUB"], "crop") == PLAIN
+    assert augmented(PLAIN, "jitter") == RECIPES["CUB"]
+    with pytest.raises(ValueError, match="augment must be one of none, flip, .*; got augment='all'"):
+        augmented(PLAIN, "all")
+
+
+def test_erasing_is_torchvisions_on_normalised_pixels():
+    recipe, images = Recipe(erasing=1.0), torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
+    transform, rectangles, expected = v2.RandomErasing(p=1.0), [], []
+    for seed, pixels in enumerate(normalize(images)):
+        rectangles.append(random_view(images[seed], 32, recipe, torch.Generator().manual_seed(seed))[2])
+        generator = torch.Generator().manual_seed(seed)
+        torch.randint(1, (2,), generator=generator)  # the crop
+        torch.rand((2,), generator=generator)  # the flip, and whether to erase
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        expected.append(transform.transform(pixels, transform.make_params([pixels])))
+    found = normalize(images)
+    erase(found, torch.stack(rectangles))
+    assert torch.equal(found, torch.stack(expected))
+    shares = torch.stack(rectangles)[:, 2:].prod(1) / 32**2
+    assert 0.01 < shares.min() < shares.max() < 0.4
+
+
+def test_erasing_takes_its_share_of_the_views_and_nothing_else_changes():
+    image, generator = load_gradient(), torch.Generator().manual_seed(0)
+    drawn = [random_view(image, 32, Recipe(erasing=0.25), generator)[2] for _ in range(2000)]
+    assert sum(bool(rectangle.any()) for rectangle in drawn) / 2000 == pytest.approx(0.25, abs=0.03)
+    plain, erased = (random_view(image, 32, Recipe(erasing=e), torch.Generator().manual_seed(1)) for e in (0.0, 1.0))
+    assert torch.equal(plain[0], erased[0])
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_evaluation_is_never_augmented(name):
+    recipe, image = replace(augmented(PLAIN, name), resized_crop=0.1, erasing=1.0), load_gradient()
+    assert torch.equal(evaluation_view(image, 32, recipe), center_crop(image, 32))
+    batch = center_crop(image, 32)[None]
+    assert torch.equal(normalize(batch, recipe), normalize(batch, PLAIN))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean must be three finite numbers"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "mean must be three finite numbers"),
+        ({"mean": "abc"}, "got mean='abc'"),
+        ({"mean": 0.5}, "got mean=0.5"),
+        ({"std": (0.2, 0.2, 0.0)}, "std must be three finite numbers above 0.0001"),
+        ({"std": [0.2, 0.2, None]}, r"got std=\[0.2, 0.2, None\]"),
+    ],
+)
+def test_bad_statistics_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^recipe: .*{message}"):
+        Recipe(**changes)

@@ -16,7 +16,15 @@ def parsed(folder, text, *flags):
 
 def test_what_is_written_reads_back_as_the_same_options(tmp_path):
     options = TrainOptions(
-        name="mon modèle: #1", depth=3, fp16=True, learning_rate=1e-5, epochs=2.5, feature_fusion=True, cache_dir="a b"
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.2),
+        name="mon modèle: #1",
+        depth=3,
+        fp16=True,
+        learning_rate=1e-5,
+        epochs=2.5,
+        feature_fusion=True,
+        cache_dir="a b",
     )
     assert parsed(tmp_path, config_text(options)) == options
 

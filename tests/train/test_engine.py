@@ -60,6 +60,7 @@ def test_workers_change_nothing(tmp_path, photographs):
     losses = []
     for workers in (0, 2):
         changes = dict(dataset="imagefolder", data_root=str(photographs), resize_size=80, workers=workers, num_steps=3)
+        changes |= dict(augment="trivial", random_erasing=0.5, mixup=0.2, cutmix=1.0, balanced_sampling=True)
         result = train(TrainOptions(**{**SMALL, **changes}, output_dir=str(tmp_path), name=f"w{workers}"))
         losses.append([line["loss"] for line in read_log(result.folder) if "loss" in line])
     assert losses[0] == losses[1]

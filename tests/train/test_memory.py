@@ -14,7 +14,7 @@ from ffvt.train.memory import saved_activations, training_memory
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
 from ffvt.train.step import Preparation, training_step
-from tests.helpers import MODEL_VARIANTS, named, small_config
+from tests.helpers import MODEL_VARIANTS, batch_of, named, small_config
 
 CPU = torch.device("cpu")
 
@@ -66,9 +66,9 @@ def measured_peak(state, batch):
     size = state.options.img_size
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     labels = torch.zeros(batch, dtype=torch.int64)
-    training_step(state, images, labels, None, Preparation(PLAIN))  # makes the optimiser's state
+    training_step(state, batch_of(images, labels), Preparation(PLAIN))  # makes the optimiser's state
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        training_step(state, images, labels, None, Preparation(PLAIN))  # a new one: old memory would not show
+        training_step(state, batch_of(images, labels), Preparation(PLAIN))  # a new one: old memory would not show
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -1,13 +1,15 @@
 """Training options: the authors' flags, ours, their bounds, and what derives from them."""
 
 import argparse
+import json
 from dataclasses import fields
 
 import pytest
 
 from ffvt.cli import make_parser
+from ffvt.data import transforms
 from ffvt.train.memory import OPTIMIZER_TENSORS
-from ffvt.train.options import OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
+from ffvt.train.options import AUGMENTATIONS, OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
 from tests.helpers import AUTHORS_COMMANDS, flags
 
 
@@ -71,6 +73,11 @@ def test_bad_options_end_with_a_usage_message(arguments, message, capsys):
         ({"learning_rate": 0.0}, "train: learning_rate must be positive; got learning_rate=0.0"),
         ({"learning_rate": float("nan")}, "train: learning_rate must be finite; got learning_rate=nan"),
         ({"workers": -1}, "train: workers must be at least 0; got workers=-1"),
+        ({"augment": "all"}, "train: augment must be one of none, flip, crop, .*, auto; got augment='all'"),
+        ({"mixup": 1e-9}, "train: mixup must be 0 or at least 0.01; got mixup=1e-09"),
+        ({"mean": (0.5, 0.5)}, r"train: mean must be 3 numbers, or empty; got mean=\(0.5, 0.5\)"),
+        ({"mean": (0.5,) * 3}, r"train: std must be given with mean; got std=\(\)"),
+        ({"class_weights": "sqrt", "balanced_sampling": True}, ".* none with balanced_sampling=True; got .*='sqrt'"),
     ],
 )
 def test_options_made_in_python_are_held_to_the_same_bounds(changes, message):
@@ -96,6 +103,10 @@ def test_every_option_is_a_flag_with_its_default():
 def test_options_survive_the_way_through_their_flags():
     options = TrainOptions(depth=3, fp16=True, learning_rate=1e-3, name="a b", cache_dir="cache", ema_decay=0.9)
     assert parse_training_flags(flags(options)) == options
+    options = TrainOptions(mean=(0.5, 0, 1), std=[0.5, 0.25, 1.0], augment="rand", mixup=0.2, balanced_sampling=True)
+    assert options.std == (0.5, 0.25, 1.0)
+    assert TrainOptions(**json.loads(json.dumps(options.to_dict()))) == options
+    assert parse_training_flags(flags(options)) == options
 
 
 def test_plan_takes_trains_flags_with_trains_defaults():
@@ -116,6 +127,7 @@ def test_the_help_is_grouped_by_topic_and_marks_the_authors_flags():
 
 def test_choices_are_those_of_the_code_that_takes_them():
     assert tuple(OPTIMIZER_TENSORS) == OPTIMIZERS
+    assert tuple(transforms.AUGMENTATIONS) == AUGMENTATIONS
 
 
 def test_epochs_become_steps_of_all_processes():

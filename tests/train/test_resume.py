@@ -14,7 +14,7 @@ from ffvt.train.engine import train
 from ffvt.train.runlog import read_log
 from ffvt.train.step import training_step
 from tests import faults
-from tests.helpers import flags, torchrun
+from tests.helpers import flags, torchrun, values
 
 SLOW = pytest.mark.slow
 
@@ -33,6 +33,14 @@ SLOW = pytest.mark.slow
         pytest.param(
             {"val_split": 0.1, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
             id="val_split",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {
+                **dict(augment="trivial", random_erasing=0.5, mixup=0.2, cutmix=1.0),
+                **dict(balanced_sampling=True, smoothing_value=0.1, gradient_accumulation_steps=2),
+            },
+            id="mixed, erased, balanced",
             marks=SLOW,
         ),
     ],
@@ -70,6 +78,35 @@ def test_other_options_and_another_run_can_be_resumed_and_are_named(tmp_path, ca
         train(faults.options(tmp_path, "second", optimizer="adamw"))
     with pytest.raises(ValueError, match="lead to a checkpoint; got resume='nowhere'"):
         train(faults.options(tmp_path, "third", resume="nowhere"))
+
+
+def test_a_stopped_run_of_mixed_erased_balanced_images_ends_bitwise_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    changes = dict(augment="rand", random_erasing=0.5, mixup=0.2, cutmix=1.0, balanced_sampling=True, num_steps=8)
+    changes |= dict(gradient_accumulation_steps=2, eval_every=100)
+    whole = train(faults.options(tmp_path, "whole", **changes))
+    assert faults.end_of(train(faults.options(tmp_path, "plain", num_steps=8)).folder) != faults.end_of(whole.folder)
+
+    def stopping(state, *given):
+        return replace(training_step(state, *given), stop=state.step == 3)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "training_step", stopping)
+        assert train(faults.options(tmp_path, "stopped", **changes)).stopped == 3
+    resumed = train(faults.options(tmp_path, "stopped", **changes))
+    assert faults.end_of(resumed.folder) == faults.end_of(whole.folder)
+    assert values(resumed.folder) == values(whole.folder)
+
+
+@SLOW
+def test_what_is_mixed_does_not_depend_on_the_number_of_processes(tmp_path):
+    """Two processes against one with twice the batch in two parts: each part is mixed alike."""
+    changes = dict(num_steps=6, eval_every=100, dropout=0.0, ema_decay=0.0, resume="", balanced_sampling=True)
+    changes |= dict(mixup=0.4, cutmix=1.0, random_erasing=0.5, augment="jitter", smoothing_value=0.1)
+    both = faults.options(tmp_path, "both", **changes, train_batch_size=4)
+    subprocess.run(torchrun(2, flags(both)), check=True, capture_output=True, cwd=tmp_path)
+    alone = train(faults.options(tmp_path, "alone", **changes, train_batch_size=8, gradient_accumulation_steps=2))
+    for key in ("loss", "accuracy", "grad_norm"):
+        assert values(alone.folder, key=key) == pytest.approx(values(tmp_path / "both", key=key), rel=1e-5)
 
 
 def test_another_number_of_processes_sees_the_images_in_the_same_order(tmp_path, caplog):

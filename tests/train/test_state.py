@@ -11,7 +11,7 @@ from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
 from ffvt.train.step import Preparation, training_step
-from tests.helpers import SMALL
+from tests.helpers import SMALL, batch_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 KINDS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
@@ -27,7 +27,7 @@ def made(steps=0, **changes):
 
 def step(state):
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)  # drawn from the state's own generator
-    return training_step(state, images, torch.arange(8), None, Preparation(PLAIN))
+    return training_step(state, batch_of(images, torch.arange(8)), Preparation(PLAIN))
 
 
 def copied(captured):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from ffvt.data.mixing import Mixing
+from ffvt.data.sampling import mix
 from ffvt.data.transforms import NO_JITTER, PLAIN, Recipe, augment, normalize
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState, build_model
-from ffvt.train.step import Preparation, training_step
-from tests.helpers import SMALL
+from ffvt.train.step import Preparation, batch_loss, count_correct, training_step
+from tests.helpers import SMALL, batch_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -22,7 +24,7 @@ def one_step(head_std=0.0, poison=None, **changes):
     images, labels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8)
     if poison:
         state.model.head.bias.register_hook(lambda gradient: gradient * poison)
-    result = training_step(state, images, labels, None, Preparation(PLAIN))
+    result = training_step(state, batch_of(images, labels), Preparation(PLAIN))
     return result.loss, result.norm, state, images
 
 
@@ -79,9 +81,8 @@ def test_the_average_of_the_weights_is_what_is_evaluated():
     state = one_step(ema_decay=0.75, num_steps=5)[2]
     first = [p.detach().clone() for p in state.model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(state.evaluated.parameters(), first))  # of one step so far
-    training_step(
-        state, torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8), None, Preparation(PLAIN)
-    )
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    training_step(state, batch_of(images, torch.arange(8)), Preparation(PLAIN))
     expected = [0.75 * a + 0.25 * b for a, b in zip(first, state.model.parameters())]
     torch.testing.assert_close(list(state.evaluated.parameters()), expected)
     assert not torch.equal(first[0], next(state.model.parameters()))
@@ -91,14 +92,92 @@ def test_each_part_of_a_batch_is_prepared_with_its_own_jitter():
     recipe, seen = Recipe(jitter=0.4), []
 
     class Recorded(Preparation):
-        def __call__(self, images, jitter=None):
-            seen.append(super().__call__(images, jitter).clone())
+        def __call__(self, *given):
+            seen.append(super().__call__(*given).clone())
             return seen[-1]
 
     options = TrainOptions(**{**SMALL, "gradient_accumulation_steps": 4})
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     jitter = NO_JITTER.repeat(8, 1)
     jitter[:, 0] = torch.linspace(0.6, 1.4, 8)
-    training_step(TrainState(options, ALONE, 9), images, torch.arange(8), jitter, Recorded(recipe))
+    training_step(TrainState(options, ALONE, 9), batch_of(images, torch.arange(8), jitter), Recorded(recipe))
     assert [len(part) for part in seen] == [2, 2, 2, 2]
     torch.testing.assert_close(torch.cat(seen), augment(images, jitter, recipe), rtol=0, atol=1e-6)
+
+
+def explicit_loss(logits, shares, smoothing, weights):
+    """Each class's part of a smoothed target counts by its weight; the mean is over images."""
+    targets = (1 - smoothing) * shares + smoothing / shares.shape[1]
+    return -(weights * targets * logits.log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.2, 1.0, 3.0, 0.5])])
+def test_the_loss_of_mixed_smoothed_weighted_targets_is_its_formula(smoothing, weights):
+    logits, labels = 3 * torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 2, 0])
+    ones, own = torch.eye(4)[labels], torch.ones(4) if weights is None else weights
+    mixed = 0.3 * ones + 0.7 * ones.roll(1, 0)
+    for targets, shares in ((labels, ones), (mixed, mixed)):
+        found = batch_loss(logits, targets, smoothing, weights)
+        torch.testing.assert_close(found, explicit_loss(logits, shares, smoothing, own))
+    halves = [batch_loss(logits[part], labels[part], smoothing, weights) for part in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(sum(halves) / 2, batch_loss(logits, labels, smoothing, weights))
+
+
+def test_the_loss_without_weights_or_mixing_has_pytorchs_bits():
+    logits, labels = torch.randn(64, 40, requires_grad=True), torch.randint(40, (64,))
+    for smoothing in (0.0, 0.1):
+        losses = [
+            batch_loss(logits.half(), labels, smoothing, None),
+            torch.nn.functional.cross_entropy(logits.half().float(), labels, label_smoothing=smoothing),
+        ]
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+        assert torch.equal(*losses)
+        assert torch.equal(*gradients)
+
+
+def test_a_mixed_image_is_correct_as_what_it_is_most():
+    logits = torch.eye(4)  # images are taken for class 0, 1, 2 and 3
+    assert count_correct(logits, torch.tensor([0, 1, 0, 3])) == 3
+    shares = torch.tensor([[0.6, 0.4, 0, 0], [0.7, 0.3, 0, 0], [0, 0, 1, 0], [0, 0, 0.5, 0.5]])
+    assert count_correct(logits, shares) == 3
+
+
+class SecondOfTwo(World):
+    """A rank that need not wait for the other."""
+
+    def any(self, *flags):
+        return flags
+
+
+def test_what_is_mixed_is_decided_by_the_place_in_the_stream_whatever_the_ranks_and_parts():
+    seen = []
+
+    class Recorded(Preparation):
+        def mix(self, pixels, labels, seed):
+            mixed, targets = super().mix(pixels, labels, seed)
+            seen.append((seed, labels.tolist(), mixed.clone(), targets))
+            return mixed, targets
+
+    images, labels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8)
+    alone = TrainState(TrainOptions(**{**SMALL, "gradient_accumulation_steps": 2}), ALONE, 9)
+    second = TrainState(TrainOptions(**{**SMALL, "train_batch_size": 4}), ALONE, 9)
+    second.world = SecondOfTwo(1, 2, torch.device("cpu"))
+    alone.samples = second.samples = 80
+    prepare = Recorded(PLAIN, Mixing(0.5, 0.5, 9))
+    training_step(alone, batch_of(images, labels), prepare)
+    training_step(second, batch_of(images[4:], labels[4:]), prepare)
+    assert [seed for seed, *_ in seen] == [mix(42, 80, -4), mix(42, 84, -4), mix(42, 84, -4)]
+    assert seen[1][1] == seen[2][1] == [4, 5, 6, 7]
+    assert torch.equal(seen[1][2], seen[2][2])
+    assert torch.equal(seen[1][3], seen[2][3])
+    assert (alone.samples, second.samples) == (88, 88)
+
+
+def test_rectangles_are_erased_after_normalising_and_only_where_the_recipe_erases():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    erased = torch.tensor([[3, 5, 10, 20], [0, 0, 0, 0]])
+    expected = normalize(images)
+    assert torch.equal(Preparation(PLAIN)(images, None, erased), expected)
+    expected[0, :, 3:13, 5:25] = 0
+    assert torch.equal(Preparation(Recipe(erasing=0.5))(images, None, erased), expected)
