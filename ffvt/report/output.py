@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,8 +14,10 @@ FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".pd
 BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"%PDF-", b"<?xml", b"<svg")  # of files in these formats
 
 
-def figure_format(path: str | Path, command: str) -> str:
+def figure_format(path: str | Path, command: str, also: Sequence[str] = ()) -> str:
     """The format in which a figure is written to `path`; asked before the work, so that nothing is lost by a bad name.
+
+    also: other endings that the command takes, for the message.
 
     Raises:
         ValueError: the name ends in no known format, or the file is there and is no picture.
@@ -23,7 +26,7 @@ def figure_format(path: str | Path, command: str) -> str:
     path = Path(path)
     found = FORMATS.get(path.suffix.lower())
     if found is None:
-        raise ValueError(f"{command}: output must end in {', '.join(FORMATS)}; got output={str(path)!r}")
+        raise ValueError(f"{command}: output must end in {', '.join([*also, *FORMATS])}; got output={str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{command}: the folder of output must exist; got output={str(path)!r}")
     if path.exists() and not _may_be_replaced(path):
