@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ffvt.model.weights import LoadReport, load_weights
 
 __all__ = [
-    "Classifier",
     "FFVT",
+    "Classifier",
     "FFVTConfig",
     "LoadReport",
     "MAWSAttention",

@@ -87,15 +87,15 @@ def _add_evaluate_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
     command.add_argument("--dataset", default="", help="data set (default: the one it was trained on)")
     command.add_argument("--data_root", default="", help="folder of the data set (default: as in training)")
-    command.add_argument(
-        "--split", default="test", help="split; val: also what --val_split held out (default: test)"
-    )
+    command.add_argument("--split", default="test", help="split; val: also what --val_split held out (default: test)")
     _add_inference_flags(command, batch_size="images per process and step")
     command.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
     command.add_argument("--cache_dir", default="", help="folder of decoded images (default: none)")
     command.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
     command.add_argument("--json", action="store_true", help="print one line of JSON")
-    command.add_argument("--per_class", action="store_true", help="show precision, recall, F1 and support of each class")
+    command.add_argument(
+        "--per_class", action="store_true", help="show precision, recall, F1 and support of each class"
+    )
     command.add_argument("--confusion", default="", metavar="FILE", help="write the confusion matrix: .png, .pdf, .csv")
     command.add_argument("--predictions", default="", metavar="FILE", help="write a .csv with a row for every image")
 

@@ -139,7 +139,7 @@ class Classifier:
     def stream(
         self, pictures: Iterable[Picture | Refused], threads: int = 0, selection: bool = False
     ) -> Iterator[Prediction]:
-        """A prediction for every picture, in order, while the next ones are read; memory does not grow with their number.
+        """A prediction for every picture, in order, while the next ones are read; memory stays constant.
 
         Args:
             pictures: as `transform` takes them; drawn only as far ahead as the next batches need.
@@ -226,7 +226,7 @@ def open_picture(picture: Picture) -> Image.Image:
         if not picture.is_floating_point():
             raise TypeError(f"classifier: pixels must be uint8 or floating-point; got dtype={picture.dtype}")
         low, high = picture.min().item(), picture.max().item()
-        within = 0 <= low and high <= 1  # false for NaN too
+        within = low >= 0 and high <= 1  # false for NaN too
         require(within, "classifier", "pixels", "in [0, 1] (normalised ones go to .model)", (low, high))
         picture = (picture.float() * 255).round().to(torch.uint8)
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -1,4 +1,4 @@
-"""`ffvt predict`: classes for any number of images, as text, JSON lines or CSV, one line an image as soon as it is known."""
+"""`ffvt predict`: classes for any number of images, as text, JSON lines or CSV, each as soon as it is known."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ class CsvWriter:
     def __init__(self, to: TextIO, top: int) -> None:
         self.rows, self.top, self.on_terminal = csv.writer(to, lineterminator="\n"), top, to.isatty()
         ranks = range(1, top + 1)
-        self.rows.writerow(["image", *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability")), "error"])
+        self.rows.writerow(
+            ["image", *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability")), "error"]
+        )
 
     def write(self, prediction: Prediction, found: Found) -> None:
         """Writes what was found, or the problem."""

@@ -68,7 +68,10 @@ function openDetail(card) {
   $("side").replaceChildren(...[...card.querySelector(".caption").children].map((part) => part.cloneNode(true)));
   $("side").className = card.className.replace("card", "");
   drawDetail();
-  if (!detail.open) detail.showModal();
+  if (!detail.open) {
+    detail.showModal();
+    detail.focus(); // else the first button gets it
+  }
 }
 
 function drawDetail() {

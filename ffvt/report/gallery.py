@@ -29,6 +29,7 @@ PAGE = (".html", ".htm")
 PAGE_BEGINNINGS = (b"<!doctype html", b"<!DOCTYPE html")
 TOP = 5  # classes shown of an image
 FIGURE_IMAGES = 40  # in one figure at most
+CAPTION_LETTERS = 26  # of a file's name over a picture in a figure
 FIGURE_SIDE = 320  # of an image in a figure, pixels, about
 
 
@@ -129,12 +130,9 @@ def _seen(shown: Shown, side: int) -> Tensor:
 def _caption(shown: Shown) -> str:
     name, probability = shown.found[0]
     true = f"\nis {printable(shown.true, 30)}" if shown.correct is False else ""
-    return f"{shortened(shown.name)}\n{printable(name, 30)} {probability:.1%}{true}"
-
-
-def shortened(name: str, letters: int = 34) -> str:
-    """A path's end."""
-    return name if len(name) <= letters else f"…{name[1 - letters :]}"
+    file = Path(shown.name).name
+    short = file if len(file) <= CAPTION_LETTERS else f"…{file[1 - CAPTION_LETTERS :]}"
+    return f"{short}\n{printable(name, 30)} {probability:.1%}{true}"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -161,7 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
                 gallery.add(one)
             else:
                 shown.append(one)
-                require(len(shown) <= FIGURE_IMAGES, "visualize", "images", f"at most {FIGURE_IMAGES} for a figure", "more")
+                require(
+                    len(shown) <= FIGURE_IMAGES, "visualize", "images", f"at most {FIGURE_IMAGES} for a figure", "more"
+                )
     if not (gallery.cards or shown):
         raise ValueError("visualize: an image must be readable; got none")
     if is_page:

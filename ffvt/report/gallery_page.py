@@ -92,15 +92,17 @@ def _header(gallery: Gallery) -> str:
     facts = [f"{_count(len(gallery.cards), 'image')}", _count(len(gallery.classifier.classes), "class", "classes")]
     if gallery.known:
         facts.append(f"{gallery.right / gallery.known:.1%} of {gallery.known} with a known class are right")
-    picked = "none of which is the class token" if config.first_candidate else "the class token being one more candidate"
+    picked = (
+        "none of which is the class token" if config.first_candidate else "the class token being one more candidate"
+    )
     return (
         "<header><h1>What each layer picks</h1>"
         f'<p class="facts">{" · ".join(map(escape, facts))}</p>'
         f"<details><summary>How to read this</summary><p>The model cuts what it sees of an image into "
         f"{config.grid_size} × {config.grid_size} patches. It has {config.depth} layers: each of the first "
         f"{gallery.layers} picks {config.num_select} tokens by mutual attention weight, {picked}. The last layer picks "
-        f"none: it gets the class token with all these picks, and classifies. So a model of {config.depth} layers shows "
-        f"{gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees the image.</p>"
+        f"none: it gets the class token with all these picks, and classifies. So a model of {config.depth} layers "
+        f"shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees the image.</p>"
         "</details></header>"
     )
 
@@ -124,8 +126,9 @@ def _toolbar(gallery: Gallery) -> str:
         'spellcheck="false" placeholder="File or class" aria-keyshortcuts="/"><kbd>/</kbd></label>'
         f'{right}<label class="sort"><span>Order</span><select id="sort">{options}</select></label>'
         '<output id="count" aria-live="polite"></output></div>'
-        f'<div class="row"><fieldset class="chips layers"><legend>Picks of layer</legend>{chips}</fieldset>'
-        f'{_legend(gallery.layers)}</div></form>'
+        f'<div class="row"><span class="name" aria-hidden="true">Picks of layer</span>'
+        f'<fieldset class="chips"><legend>Picks of layer</legend>{chips}</fieldset>'
+        f"{_legend(gallery.layers)}</div></form>"
     )
 
 
@@ -147,10 +150,10 @@ def _card(shown: Shown, number: int, grid: int) -> str:
     name, path = printable(name), PurePath(shown.name)
     true = "" if shown.true is None else printable(shown.true)
     verdict = {None: "", True: "right", False: "wrong"}[shown.correct]
-    alt = f"{path.name}: {name}, {probability:.1%}" + (f", in truth {true}" if verdict == "wrong" else "")
+    alt = f"{path.name}: {name}, {probability:.1%}" + (f", actually {true}" if verdict == "wrong" else "")
     flag = "" if shown.correct is None else str(int(shown.correct))
     mark = f'<span class="mark" title="{verdict}">{"✓" if shown.correct else "✗"}</span>' if verdict else ""
-    truth = f'<p class="truth">in truth {escape(true)}</p>' if verdict == "wrong" else ""
+    truth = f'<p class="truth">actually {escape(true)}</p>' if verdict == "wrong" else ""
     folder = f"{path.parent}/" if path.parent.name else ""
     width, height = shown.picture.size
     return (
@@ -161,7 +164,8 @@ def _card(shown: Shown, number: int, grid: int) -> str:
         f'<span class="frame" data-show="heat" style="--w:{width};--h:{height}">'
         f'<img alt="{escape(alt)}" width="{width}" height="{height}" decoding="async" loading="lazy" '
         f'src="data:image/jpeg;base64,{_jpeg(shown.picture)}">{_overlay(shown, grid)}</span></button>'
-        f'<div class="caption"><p class="prediction"><b>{mark}{escape(name)}</b><span>{probability:.1%}</span></p>{truth}'
+        f'<div class="caption">'
+        f'<p class="prediction"><b>{mark}{escape(name)}</b><span>{probability:.1%}</span></p>{truth}'
         f'<p class="file" title="{escape(shown.name)}"><span>{escape(folder)}</span>{escape(path.name)}</p>'
         f"{_classes(shown)}{_class_token(shown)}</div></article>\n"
     )
@@ -208,18 +212,19 @@ def _overlay(shown: Shown, grid: int) -> str:
     levels = []
     for count in sorted(set(times.values())):
         patches = _patches([patch for patch, many in times.items() if many == count], grid)
-        colour = _rgb(_between(HEAT_COLOURS, (count - 1) / max(len(layers) - 1, 1)))
-        levels.append(f'<path fill="{colour}" d="{patches}"/>')
+        share = (count - 1) / max(len(layers) - 1, 1)
+        colour, opacity = _rgb(_between(HEAT_COLOURS, share)), 0.35 + 0.4 * min(2 * share, 1)
+        levels.append(f'<path fill="{colour}" fill-opacity="{opacity:.2f}" d="{patches}"/>')
     heat = f'<g class="heat"><path class="veil" d="{ground}{_patches(times, grid)}"/>{"".join(levels)}</g>'
     return (
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
-        f'<path class="outside" d="M0 0H{width}V{height}H0z{seen}"/><path class="seen" d="{seen}"/>'
+        f'<path class="outside" d="M-1-1H{width + 1}V{height + 1}H-1z{seen}"/><path class="seen" d="{seen}"/>'
         f'<g transform="{place}">{heat}{"".join(groups)}</g></svg>'
     )
 
 
 def _patches(patches: Iterable[int], grid: int) -> str:
-    """Patches as an SVG path in units of a patch; neighbours in a row are one rectangle each, for the frames."""
+    """Patches as an SVG path, in units of a patch."""
     return "".join(f"M{patch % grid} {patch // grid}h1v1h-1z" for patch in sorted(patches))
 
 
@@ -253,12 +258,13 @@ def _problems(problems: Sequence[tuple[str, str]]) -> str:
 def _footer(gallery: Gallery) -> str:
     keys = [("/", "search"), ("← → ↑ ↓", "move"), ("Enter", "open"), ("Esc", "close or clear")]
     shown = "".join(f"<span><kbd>{key}</kbd> {text}</span>" for key, text in keys)
-    return f'<footer><p class="keys">{shown}</p><p>{escape(printable(gallery.checkpoint))} · ffvt {__version__}</p></footer>'
+    source = f"{printable(gallery.checkpoint)} · ffvt {__version__}"
+    return f'<footer><p class="keys">{shown}</p><p>{escape(source)}</p></footer>'
 
 
 def _dialog() -> str:
     return (
-        '<dialog id="detail" aria-label="One image"><div class="bar"><button type="button" id="previous" '
+        '<dialog id="detail" tabindex="-1" aria-label="One image"><div class="bar"><button type="button" id="previous" '
         'aria-label="Previous image">←</button><button type="button" id="next" aria-label="Next image">→</button>'
         '<span id="place"></span><button type="button" id="close" aria-label="Close">✕</button></div>'
         '<div class="body"><div id="large"></div><div id="side"></div></div><div id="strip"></div></dialog>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,5 +50,7 @@ def write_figure(figure: Figure, path: str | Path, command: str, dpi: int = 130)
         ValueError, OSError: as `figure_format`, or it cannot be written; an older picture is then still there.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=figure_format(path, command), dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an emoji in a name is drawn as a box
+        figure.savefig(buffer, format=figure_format(path, command), dpi=dpi)
     write_whole(path, buffer.getvalue())
