@@ -102,7 +102,7 @@ def _header(gallery: Gallery) -> str:
         f"{config.grid_size} × {config.grid_size} patches. It has {config.depth} layers: each of the first "
         f"{gallery.layers} picks {config.num_select} tokens by mutual attention weight, {picked}. The last layer picks "
         f"none: it gets the class token with all these picks, and classifies. So a model of {config.depth} layers "
-        f"shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees the image.</p>"
+        f"shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees it.</p>"
         "</details></header>"
     )
 

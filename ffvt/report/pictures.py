@@ -39,6 +39,7 @@ def training_curve(log: Sequence[dict[str, Any]], ceiling: float) -> Figure:
         color="#64748b",
     )
     right.set(title="Test accuracy", xlabel="optimiser step", ylim=(0, 1))
+    right.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
