@@ -17,7 +17,6 @@ from ffvt.data.layout_readers import PICTURE_SUFFIXES
 from ffvt.errors import printable, require
 from ffvt.inference import Classifier, Found, Prediction, Refused, load
 
-BROKEN_PIPE = 141  # the exit status of whom SIGPIPE ends
 PATH_LETTERS = 4096  # of a path that is shown, more than Linux allows
 
 
@@ -189,12 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
     classifier = load(arguments.checkpoint, **given)
     images = find_images(arguments.images, arguments.list)
-    try:
-        with _opened(arguments.output) as to:
-            count, failed = write_predictions(classifier, images, to, form, arguments.top, arguments.workers)
-    except BrokenPipeError:  # of a reader that has enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
-        return BROKEN_PIPE
+    with _opened(arguments.output) as to:
+        count, failed = write_predictions(classifier, images, to, form, arguments.top, arguments.workers)
     if count == 0:
         raise ValueError("predict: the lists must name images; got none")
     if failed:

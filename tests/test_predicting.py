@@ -192,11 +192,3 @@ def test_what_cannot_work_is_refused_in_one_line(run, photos, tmp_path, capsys):
         assert message in err
         assert "\n" not in err
     assert (photos / "a.jpg").stat().st_size > 0
-
-
-def test_a_reader_that_has_enough_ends_it_quietly(run, photos, capfd, monkeypatch):
-    read, write = os.pipe()
-    os.close(read)
-    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
-    assert predict(run, photos) == 141
-    assert capfd.readouterr().err == ""

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ffvt.errors import printable
 from ffvt.report.output import figure_format, write_figure
 from ffvt.report.pictures import QUIET
 from ffvt.report.runs import Run, number_in, read_runs
@@ -137,21 +138,24 @@ def _accuracy(axes: Axes, drawn: Sequence[tuple[Run, Points, Style]]) -> None:
     for number, (run, _, style) in enumerate(drawn):
         colour = style["color"]
         size = 10 - 5 * number / max(len(drawn) - 1, 1)  # the later the smaller: equal scores stay visible, nested
-        for split in dict.fromkeys(line.get("split") for line in run.lines if line["kind"] == "evaluate"):
+        for split in run.splits:
             during = run.series("evaluate", "top1", split=split, model=None)
             look = {"linestyle": style["linestyle"], "markevery": -(-len(during) // MARKS) or 1}
             hollow = {"markerfacecolor": "white"} if split == "val" else {}
-            mark(str(split), during, colour, marker="o", markersize=4, **look, **hollow)
+            shown = printable(str(split), LETTERS)
+            mark(shown, during, colour, marker="o", markersize=4, **look, **hollow)
             end = [p for which in ("last", "best") for p in run.series("evaluate", "top1", split=split, model=which)]
             diamond = {"marker": "D", "markersize": size, "markeredgecolor": "black", "markeredgewidth": 0.7}
-            mark(f"{split}, at the end", end, colour, linestyle="", zorder=4, **diamond)
+            mark(f"{shown}, at the end", end, colour, linestyle="", zorder=4, **diamond)
         best = sorted(run.during("top1"), key=lambda point: -point[1])[:1]
         mark("best", best, colour, linestyle="", zorder=3, marker="*", markersize=1.6 * size, markeredgecolor="white")
     handles = [
         Line2D([], [], linestyle="", color="#475569", label=label, **key[label])
         for label in sorted(key, key=lambda label: (label == "best", label))
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none", handletextpad=0.2)
+    look = {"fontsize": 8, "framealpha": 0.8, "edgecolor": "none", "handletextpad": 0.2}
+    for text in axes.legend(handles=handles, loc="lower right", **look).get_texts():
+        text.set_parse_math(False)
 
 
 def _hits(axes: Axes, drawn: Sequence[tuple[Run, Points, Style]]) -> None:
@@ -204,7 +208,7 @@ def _row(run: Run) -> tuple[str, ...]:
     return (
         run.name,
         str(max(steps, default=0)),
-        split or "-",
+        printable(str(split or "-"), LETTERS),
         _shown(number_in(last, "top1"), ".4f"),
         _shown(best, ".4f"),
         _shown(statistics.median(speeds) if speeds else None, ".1f"),
@@ -242,5 +246,5 @@ def run(arguments: argparse.Namespace) -> int:
     runs = read_runs(arguments.runs)
     write_figure(comparison_figure(runs), arguments.output, "plot")
     print(summary_table(runs))
-    print(arguments.output)
+    print(printable(arguments.output))
     return 0

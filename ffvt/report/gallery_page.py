@@ -35,6 +35,7 @@ class Gallery:
     Attributes:
         classifier: the model.
         checkpoint: where it came from.
+        layers: how many pick.
         cards: the HTML of each image.
         known, right: images whose class is known, and those of them that are predicted as it.
         problems: (name, problem) of the files that could not be read.
@@ -42,18 +43,15 @@ class Gallery:
 
     classifier: Classifier
     checkpoint: str
+    layers: int = 0
     cards: list[str] = field(default_factory=list)
     known: int = 0
     right: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
 
-    @property
-    def layers(self) -> int:
-        """How many layers pick."""
-        return self.classifier.model.config.depth - 1
-
     def add(self, shown: Shown) -> None:
         """One more image."""
+        self.layers = len(shown.index)
         self.known += shown.correct is not None
         self.right += shown.correct is True
         self.cards.append(_card(shown, len(self.cards), self.classifier.model.config.grid_size))
@@ -99,10 +97,10 @@ def _header(gallery: Gallery) -> str:
         "<header><h1>What each layer picks</h1>"
         f'<p class="facts">{" · ".join(map(escape, facts))}</p>'
         f"<details><summary>How to read this</summary><p>The model cuts what it sees of an image into "
-        f"{config.grid_size} × {config.grid_size} patches. It has {config.depth} layers: each of the first "
+        f"{config.grid_size} × {config.grid_size} patches. It has {gallery.layers + 1} layers: each of the first "
         f"{gallery.layers} picks {config.num_select} tokens by mutual attention weight, {picked}. The last layer picks "
-        f"none: it gets the class token with all these picks, and classifies. So a model of {config.depth} layers "
-        f"shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees it.</p>"
+        f"none: it gets the class token with all these picks, and classifies. So a model of "
+        f"{gallery.layers + 1} layers shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees it.</p>"
         "</details></header>"
     )
 
