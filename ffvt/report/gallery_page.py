@@ -99,8 +99,9 @@ def _header(gallery: Gallery) -> str:
         f"<details><summary>How to read this</summary><p>The model cuts what it sees of an image into "
         f"{config.grid_size} × {config.grid_size} patches. It has {gallery.layers + 1} layers: each of the first "
         f"{gallery.layers} picks {config.num_select} tokens by mutual attention weight, {picked}. The last layer picks "
-        f"none: it gets the class token with all these picks, and classifies. So a model of "
-        f"{gallery.layers + 1} layers shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees it.</p>"
+        f"none: it gets the class token with all these picks, and classifies. So a model of {gallery.layers + 1} "
+        f"layers shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees "
+        "it.</p>"
         "</details></header>"
     )
 

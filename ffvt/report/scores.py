@@ -22,7 +22,7 @@ from ffvt.train.distributed import join_world
 
 WORST = 5  # classes, and confused pairs, that the table names
 DIGITS = 6  # of a number in JSON
-NAMED = 60  # classes, up to which the axes of a confusion matrix have names
+NAMED = 100  # classes, up to which the axes of a confusion matrix have names
 COUNTED = 20  # classes, up to which its cells have numbers
 LETTERS = 32  # of a class's name in a table or on an axis
 
@@ -141,8 +141,8 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
     figure.colorbar(image, ax=axes, shrink=0.7, format=lambda value, _: f"{value:.0%}", label="of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=f"{evaluation.score.top1:.1%} of {evaluation.score.count} right")
     if size <= NAMED:
-        axes.set_xticks(range(size), names, rotation=90, fontsize=8, parse_math=False)
-        axes.set_yticks(range(size), names, fontsize=8, parse_math=False)
+        axes.set_xticks(range(size), names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(size), names, fontsize=7, parse_math=False)
     if size <= COUNTED:
         for row, column in matrix.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"

@@ -96,7 +96,7 @@ def test_the_confusion_figure_has_names_and_counts_only_where_they_fit():
     axes = confusion_figure(FOUND).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["crow", "jay", "kite", "owl"]
     assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "2"]
-    many = confusion_figure(evaluation([f"class {i}" for i in range(100)], [0, 1], [0, 2])).axes[0]
+    many = confusion_figure(evaluation([f"class {i}" for i in range(101)], [0, 1], [0, 2])).axes[0]
     assert not many.texts
     assert "class 5" not in [text.get_text() for text in many.get_yticklabels()]
 
