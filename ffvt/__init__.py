@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ffvt.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ffvt.inference import Classifier, load
     from ffvt.kernels import reference
     from ffvt.kernels.backends import info, use_backend
     from ffvt.kernels.ops import gather_tokens, maws_attention, maws_attention_qkvpacked, maws_select
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FFVT",
+    "Classifier",
     "FFVTConfig",
     "LoadReport",
     "MAWSAttention",
@@ -36,6 +38,7 @@ __all__ = [
     "create_model",
     "gather_tokens",
     "info",
+    "load",
     "load_weights",
     "maws_attention",
     "maws_attention_qkvpacked",
@@ -46,6 +49,7 @@ __all__ = [
 
 _PACKAGES = ("data", "kernels", "model", "report", "train")
 _HOMES = {  # module: the names that are defined there; a module that is public itself has no names
+    "ffvt.inference": ("Classifier", "load"),
     "ffvt.kernels.reference": (),
     "ffvt.kernels.backends": ("info", "use_backend"),
     "ffvt.kernels.ops": ("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ffvt.precision import PRECISIONS
 from ffvt.train.options import DEVICES, add_training_flags, read_options
@@ -55,9 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_demo_flags(add(demo, "train a small FFVT on PartBirds from scratch and write a report"))
     add_training_flags(add(train, "train FFVT or, without --feature_fusion, the plain ViT", logging.INFO))
-    _add_evaluate_flags(add(evaluate, "evaluate a checkpoint; prints one JSON line"))
+    _add_evaluate_flags(add(evaluate, "evaluate a trained model on a data set"))
     _add_predict_flags(add(predict, "classify images: the most probable classes of each"))
-    _add_visualize_flags(add(visualize, "draw which patches each layer picks in images"))
+    _add_visualize_flags(add(visualize, "show which patches each layer picks in images"))
     _add_plot_flags(add(plot, "compare training runs in one figure"))
     _add_plan_flags(add(plan, "predict the largest batch and the images per second of training"))
     _add_doctor_flags(add(doctor, "check a data set on disk: layout, counts, images, duplicates, leaks"))
@@ -88,76 +87,95 @@ def _add_evaluate_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
     command.add_argument("--dataset", default="", help="data set (default: the one it was trained on)")
     command.add_argument("--data_root", default="", help="folder of the data set (default: as in training)")
-    command.add_argument("--split", default="test", help="split (default: test)")
-    command.add_argument("--batch_size", type=int, default=16, help="images per step (default: 16)")
-    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
-    command.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
+    command.add_argument("--split", default="test", help="split; val: also what --val_split held out (default: test)")
+    _add_inference_flags(command, batch_size="images per process and step")
     command.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
     command.add_argument("--cache_dir", default="", help="folder of decoded images (default: none)")
     command.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be read")
-    command.add_argument("--per_class", action="store_true", help="show how many images of each class are correct")
+    command.add_argument("--json", action="store_true", help="print one line of JSON")
+    command.add_argument(
+        "--per_class", action="store_true", help="show precision, recall, F1 and support of each class"
+    )
+    command.add_argument("--confusion", default="", metavar="FILE", help="write the confusion matrix: .png, .pdf, .csv")
+    command.add_argument("--predictions", default="", metavar="FILE", help="write a .csv with a row for every image")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from ffvt.inference import evaluate_checkpoint, load
-    from ffvt.train.distributed import join_world
+    from ffvt.report.scores import run
 
-    names = ("dataset", "data_root", "split", "batch_size", "precision", "workers", "cache_dir", "skip_bad_images")
-    classifier = load(arguments.checkpoint)
-    with join_world(arguments.device) as world:
-        score = evaluate_checkpoint(classifier, world, **{name: getattr(arguments, name) for name in names})
-        if world.is_main:
-            shown = score.summary()
-            if arguments.per_class:
-                counts = zip(classifier.classes, score.per_class)
-                shown["per_class"] = {name: {"right": right, "count": count} for name, (right, count) in counts}
-            print(json.dumps(shown))
+    run(arguments)
 
 
 def _add_predict_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
-    top = {"type": int, "choices": range(1, 1001), "default": 5, "metavar": "N"}
-    command.add_argument("--top", help="classes to show (default: 5)", **top)
-    command.add_argument("images", nargs="+", metavar="IMAGE")
+    _add_image_flags(command)
+    command.add_argument("--top", type=int, default=5, metavar="N", help="classes to show (default: 5)")
+    _add_inference_flags(command)
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="write a JSON object a line")
+    form.add_argument("--csv", action="store_true", help="write CSV")
+    command.add_argument("--output", default="", metavar="FILE", help="write there instead of to standard output")
 
 
-def predict(arguments: argparse.Namespace) -> None:
-    from ffvt.inference import load
+def predict(arguments: argparse.Namespace) -> int:
+    from ffvt.predicting import run
 
-    classifier = load(arguments.checkpoint)
-    for path in arguments.images:
-        (found,) = classifier([path], arguments.top)
-        print(path)
-        for name, probability in found:
-            print(f"  {probability:6.1%}  {name}")
+    return run(arguments)
 
 
 def _add_visualize_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
-    command.add_argument("--output", default="selection.png", help="PNG to write (default: selection.png)")
-    command.add_argument("images", nargs="+", metavar="IMAGE")
+    _add_image_flags(command)
+    command.add_argument(
+        "--output",
+        default="selection.html",
+        metavar="FILE",
+        help="a page to look through (.html) or one figure (.png, .jpg, .webp, .pdf, .svg) (default: selection.html)",
+    )
+    command.add_argument(
+        "--max_size", type=int, default=1024, metavar="N", help="longest side of a shown image, pixels (default: 1024)"
+    )
+    command.add_argument(
+        "--labels",
+        choices=("folder", "none"),
+        default="folder",
+        help="folder: the true class is that of the folder whose name is a class (default)",
+    )
+    _add_inference_flags(command)
 
 
-def visualize(arguments: argparse.Namespace) -> None:
-    from ffvt.inference import load
-    from ffvt.report.page import png
-    from ffvt.report.pictures import selection_grid
+def visualize(arguments: argparse.Namespace) -> int:
+    from ffvt.report.gallery import run
 
-    classifier = load(arguments.checkpoint)
-    images, names, selection = classifier.select(arguments.images)
-    config = classifier.model.config
-    patch = config.image_size // config.grid_size
-    figure = selection_grid(list(images), selection.index, patch, [(name, None) for name in names])
-    Path(arguments.output).write_bytes(png(figure))
-    print(arguments.output)
+    return run(arguments)
 
 
 def _add_checkpoint_flag(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--checkpoint", required=True, help="folder written by training: .../best or .../last")
+    command.add_argument(
+        "--checkpoint", required=True, help="folder of a run (its best checkpoint, else the last), or of a checkpoint"
+    )
+
+
+def _add_image_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "images", nargs="*", metavar="PATH", help="images, folders, @FILE for a list of them, or - for one on stdin"
+    )
+    command.add_argument("--list", action="append", default=[], metavar="FILE", help="the same as @FILE")
+    command.add_argument("--workers", type=int, default=2, help="threads that read images ahead (default: 2)")
+
+
+def _add_inference_flags(command: argparse.ArgumentParser, batch_size: str = "images per step") -> None:
+    command.add_argument("--batch_size", type=int, default=16, metavar="N", help=f"{batch_size} (default: 16)")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    command.add_argument("--device", choices=DEVICES, default="auto", help="default: auto, a GPU if there is one")
 
 
 def _add_plot_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", default="comparison.png", help="PNG to write (default: comparison.png)")
+    command.add_argument(
+        "--output",
+        default="comparison.png",
+        help="picture to write, in the format of its name (default: comparison.png)",
+    )
     command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,22 @@ import ffvt
 from benchmarks.oracle import explicit, rms, truth
 from ffvt.data.sampling import TrainingBatch
 from ffvt.model.config import make_config
+from ffvt.train.checkpoint import save_checkpoint
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
 
-__all__ = ["explicit", "golden", "heads", "relative_error", "rms", "skip_unserved", "tiny_model", "truth", "worst"]
+__all__ = [
+    "explicit",
+    "golden",
+    "heads",
+    "relative_error",
+    "rms",
+    "skip_unserved",
+    "tiny_model",
+    "truth",
+    "worst",
+    "write_checkpoint",
+]
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = {  # B, N, H, D
     "tiny": (1, 1, 1, 1),
@@ -126,6 +138,18 @@ def tiny_model(**overrides) -> ffvt.FFVT:
     """An FFVT of the golden vectors' size, without dropout."""
     sizes = {"image_size": 64, "num_classes": 5, "num_select": 3, "embed_dim": 64, "depth": 4, "num_heads": 4}
     return ffvt.create_model("vit_b16", **{**sizes, "mlp_dim": 128, "dropout": 0.0, **overrides})
+
+
+def write_checkpoint(
+    folder: Path, classes: Sequence[str] = ("a", "b", "c"), model: dict[str, Any] | None = None, **options: Any
+) -> Path:
+    """A run's folder with a checkpoint of a tiny model with random weights, trained on nothing; its path."""
+    made = tiny_model(num_classes=len(classes), **(model or {}))
+    torch.nn.init.normal_(made.head.weight, std=0.5)
+    told = {"dataset": "imagefolder", "img_size": 64, "resize_size": 72, "data_root": "photos", **options}
+    facts = {"classes": list(classes), "resize_size": 72, "options": TrainOptions(**told).to_dict(), "step": 1}
+    save_checkpoint(folder, 1, made.save_pretrained, facts, {"x": torch.zeros(1)}, {}, is_best=True)
+    return folder
 
 
 def relative_error(found: Tensor | np.ndarray, expected: np.ndarray) -> float:

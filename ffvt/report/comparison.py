@@ -7,24 +7,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ffvt.files import write_file
-from ffvt.report.page import png
+from ffvt.errors import printable
+from ffvt.report.output import figure_format, write_figure
 from ffvt.report.pictures import QUIET
 from ffvt.report.runs import Run, number_in, read_runs
 
 # Okabe and Ito's without their yellow, which is too pale on white, and Tol's wine: apart for the colour-blind too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255")
-DASHES = ("-", "-.", ":")  # in turn where there are more runs than COLOURS; "--" is for random picks
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.")  # in turn, each for as many runs as COLOURS; "--" is for random picks
 ROUND = (1, 2, 5, 10)  # steps between ticks
 PANEL_WIDTH = 4.2  # inches
 LETTERS = 34  # of a run's name, as many as fit in the legend under one panel
@@ -61,12 +59,12 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
     panels = [panel for panel in PANELS if any(panel.points(run) for run in runs)]
     if not panels:
         raise ValueError(f"plot: a run must have trained; got nothing to draw in {', '.join(run.name for run in runs)}")
-    columns = 4 if len(panels) > 6 else 2 if len(panels) == 4 else min(len(panels), 3)
+    columns = {4: 2, 7: 4, 8: 4}.get(len(panels), min(len(panels), 3))
     rows = -(-len(panels) // columns)
     height = 2.9 * rows + 0.22 * -(-len(runs) // columns) + 0.3
     figure = Figure(figsize=(PANEL_WIDTH * columns, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    styles = [_style(number, len(runs)) for number in range(len(runs))]
+    styles = [_style(number) for number in range(len(runs))]
     last = max(step for panel in panels for run in runs for step, _ in panel.points(run))
     for axes, panel in zip(grid.flat, panels):
         panel.draw(axes, [(run, panel.points(run), style) for run, style in zip(runs, styles)])
@@ -74,17 +72,17 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND, integer=True))
         if panel.percent:
             _count_percent(axes)
+        elif axes.dataLim.y1 > axes.dataLim.y0 >= 0:
+            axes.set_ylim(None, axes.dataLim.y1 + 0.08 * (axes.dataLim.y1 - axes.dataLim.y0))  # none at the edge
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     _legend(figure, [run.name for run in runs], styles, columns)
     return figure
 
 
-def _style(number: int, count: int) -> Style:
-    if count <= len(COLOURS):
-        return {"color": COLOURS[number], "linestyle": "-"}
-    # up to 0.9: its end is too pale on white
-    return {"color": colormaps["viridis"](0.9 * number / (count - 1)), "linestyle": DASHES[number % len(DASHES)]}
+def _style(number: int) -> Style:
+    row, column = divmod(number, len(COLOURS))
+    return {"color": COLOURS[column], "linestyle": DASHES[row % len(DASHES)]}
 
 
 def _count_percent(axes: Axes) -> None:
@@ -98,7 +96,12 @@ def _count_percent(axes: Axes) -> None:
 def _legend(figure: Figure, names: Sequence[str], styles: Sequence[Style], columns: int) -> None:
     handles = [Line2D([], [], linewidth=2, **style) for style in styles]
     legend = figure.legend(
-        handles, ["run"] * len(names), loc="outside lower center", ncols=min(columns, len(names)), frameon=False
+        handles,
+        ["run"] * len(names),
+        loc="outside lower center",
+        ncols=min(columns, len(names)),
+        frameon=False,
+        handlelength=3,
     )
     for text, name in zip(legend.get_texts(), names):
         # afterwards, for matplotlib leaves out labels that begin with "_" and takes "$" for a formula
@@ -132,23 +135,27 @@ def _accuracy(axes: Axes, drawn: Sequence[tuple[Run, Points, Style]]) -> None:
             axes.plot(*zip(*points), color=colour, **look)
             key[label] = {name: value for name, value in look.items() if name.startswith("marker")}
 
-    for run, _, style in drawn:
+    for number, (run, _, style) in enumerate(drawn):
         colour = style["color"]
-        for split in dict.fromkeys(line.get("split") for line in run.lines if line["kind"] == "evaluate"):
+        size = 10 - 5 * number / max(len(drawn) - 1, 1)  # the later the smaller: equal scores stay visible, nested
+        for split in run.splits:
             during = run.series("evaluate", "top1", split=split, model=None)
             look = {"linestyle": style["linestyle"], "markevery": -(-len(during) // MARKS) or 1}
             hollow = {"markerfacecolor": "white"} if split == "val" else {}
-            mark(str(split), during, colour, marker="o", markersize=4, **look, **hollow)
+            shown = printable(str(split), LETTERS)
+            mark(shown, during, colour, marker="o", markersize=4, **look, **hollow)
             end = [p for which in ("last", "best") for p in run.series("evaluate", "top1", split=split, model=which)]
-            diamond = {"marker": "D", "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.7}
-            mark(f"{split}, at the end", end, colour, linestyle="", zorder=4, **diamond)
+            diamond = {"marker": "D", "markersize": size, "markeredgecolor": "black", "markeredgewidth": 0.7}
+            mark(f"{shown}, at the end", end, colour, linestyle="", zorder=4, **diamond)
         best = sorted(run.during("top1"), key=lambda point: -point[1])[:1]
-        mark("best", best, colour, linestyle="", zorder=3, marker="*", markersize=13, markeredgecolor="white")
+        mark("best", best, colour, linestyle="", zorder=3, marker="*", markersize=1.6 * size, markeredgecolor="white")
     handles = [
         Line2D([], [], linestyle="", color="#475569", label=label, **key[label])
         for label in sorted(key, key=lambda label: (label == "best", label))
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=8, framealpha=0.8, edgecolor="none", handletextpad=0.2)
+    look = {"fontsize": 8, "framealpha": 0.8, "edgecolor": "none", "handletextpad": 0.2}
+    for text in axes.legend(handles=handles, loc="lower right", **look).get_texts():
+        text.set_parse_math(False)
 
 
 def _hits(axes: Axes, drawn: Sequence[tuple[Run, Points, Style]]) -> None:
@@ -173,6 +180,7 @@ def _picks(key: str) -> Callable[[Run], Points]:
 
 PANELS = [
     Panel("Training loss", _training("loss"), partial(_lines, smooth=True)),
+    Panel("Evaluation loss", lambda run: run.during("loss"), _lines),
     Panel("Top-1", lambda run: run.series("evaluate", "top1"), _accuracy, percent=True),
     Panel("Learning rate", _training("lr"), _lines),
     Panel("Images per second", _training("images_per_second"), partial(_lines, smooth=True)),
@@ -200,7 +208,7 @@ def _row(run: Run) -> tuple[str, ...]:
     return (
         run.name,
         str(max(steps, default=0)),
-        split or "-",
+        printable(str(split or "-"), LETTERS),
         _shown(number_in(last, "top1"), ".4f"),
         _shown(best, ".4f"),
         _shown(statistics.median(speeds) if speeds else None, ".1f"),
@@ -231,16 +239,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the figure to `arguments.output`, prints the table of `arguments.runs` and the figure's path; 0.
 
     Raises:
-        ValueError: `output` is no PNG, or a run cannot be drawn.
+        ValueError: `output` is no picture, or a run cannot be drawn.
         FileNotFoundError: a log or the folder of `output` is missing.
     """
-    output = Path(arguments.output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"plot: output must end in .png; got output={str(output)!r}")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"plot: the folder of output must exist; got output={str(output)!r}")
+    figure_format(arguments.output, "plot")
     runs = read_runs(arguments.runs)
-    write_file(output, png(comparison_figure(runs)))
+    write_figure(comparison_figure(runs), arguments.output, "plot")
     print(summary_table(runs))
-    print(arguments.output)
+    print(printable(arguments.output))
     return 0

@@ -39,6 +39,7 @@ def training_curve(log: Sequence[dict[str, Any]], ceiling: float) -> Figure:
         color="#64748b",
     )
     right.set(title="Test accuracy", xlabel="optimiser step", ylim=(0, 1))
+    right.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -83,7 +84,7 @@ def selection_grid(
     for row, (image, (text, good)) in enumerate(zip(images, captions)):
         pixels = image.permute(1, 2, 0).numpy()
         grid[row, 0].imshow(pixels)
-        grid[row, 0].set_title(text, fontsize=10, color=CAPTION_COLOURS[good])
+        grid[row, 0].set_title(text, fontsize=10, color=CAPTION_COLOURS[good], parse_math=False)  # "$" is no formula
         if boxes:
             _outline(grid[row, 0], boxes[row], MARK)
         for layer in range(layers):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ffvt.errors import printable
 from ffvt.train.runlog import LOG_FILE, read_log
 
 
@@ -28,6 +29,12 @@ class Run:
                 if isinstance(step, int) and value is not None:
                     found.append((step, value))
         return found
+
+    @property
+    def splits(self) -> list[str | None]:
+        """The splits that were evaluated."""
+        found = (line.get("split") for line in self.lines if line["kind"] == "evaluate")
+        return list(dict.fromkeys(split for split in found if split is None or isinstance(split, str)))
 
     @property
     def chosen_on(self) -> str | None:
@@ -64,9 +71,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """
     folders = list(dict.fromkeys(_folder(Path(path).resolve()) for path in paths))
     logs = [read_log(folder) for folder in folders]
-    names = [_name(log) or folder.name for log, folder in zip(logs, folders)]
+    names = [printable(_name(log) or folder.name) for log, folder in zip(logs, folders)]
     labels = [
-        f"{name} ({folder.relative_to(os.path.commonpath(folders))})" if names.count(name) > 1 else name
+        f"{name} ({printable(str(folder.relative_to(os.path.commonpath(folders))))})" if names.count(name) > 1 else name
         for name, folder in zip(names, folders)
     ]
     return [Run(label, log) for label, log in zip(labels, logs)]

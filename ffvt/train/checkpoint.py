@@ -149,6 +149,13 @@ def resume_at(checkpoint: Path, best_step: int) -> bool:
     return False
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at a path: that folder itself, or of a run's folder the best one, else the last."""
+    folder = Path(path)
+    places = (folder, folder / "best", folder / "last")
+    return next((place for place in places if (place / FACTS_FILE).exists() or (place / SUMS_FILE).exists()), folder)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether there is a checkpoint, undamaged."""
     try:

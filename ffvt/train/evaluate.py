@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,9 +73,17 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, view: EvaluationView, world: World, batch_size: int, precision: str = "fp32", workers: int = 0
+    model: nn.Module,
+    view: EvaluationView,
+    world: World,
+    batch_size: int,
+    precision: str = "fp32",
+    workers: int = 0,
+    each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Evaluates `model` on a view; each rank takes every world-size-th image.
+
+    each: is called with this rank's labels (B,) and logits (B, num_classes) of every batch, in the order of its images.
 
     Returns the same Score on every rank. Raises ValueError if nothing can be counted, or a picture cannot be read.
     """
@@ -94,6 +103,8 @@ def evaluate(
             logits, index = _run(model, normalize(images.to(world.device), view.recipe))
         boxes = [boxed.to(world.device) for boxed in (has_box, on_object)]
         sums.add(logits.float(), labels.to(world.device), index, *boxes)
+        if each is not None:
+            each(labels, logits.float())
     largest_shard = -(-len(view) // world.size)
     for _ in range(-(-largest_shard // batch_size) - batches):  # a sharded model runs on all ranks or on none
         with autocast(world.device, precision):

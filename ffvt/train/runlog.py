@@ -143,7 +143,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def _parse(text: bytes) -> dict[str, Any]:
     try:
         line = json.loads(text.decode("utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError("a JSON object with a kind") from error
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
         raise ValueError("a JSON object with a kind")

@@ -20,4 +20,4 @@ def write_log(folder, name, steps, fused=True, lines=()):
 
 
 def evaluation(step, top1, split="test", **more):
-    return {"kind": "evaluate", "step": step, "split": split, "top1": top1, "loss": 0.1, **more}
+    return {"kind": "evaluate", "step": step, "split": split, "top1": top1, **{"loss": 0.1, **more}}

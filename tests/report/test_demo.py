@@ -13,7 +13,7 @@ def test_the_demo_writes_a_self_contained_report(tmp_path):
     result = run_demo(tmp_path / "demo", replace(RECIPE, **small))
     html = result.report.read_text()
     assert result.report == tmp_path / "demo" / "report.html"
-    assert html.count("data:image/png;base64,") == 3
+    assert html.count("data:image/png;base64,") == 6  # three figures, for light and dark pages
     assert 'src="http' not in html
     assert f"{result.accuracy:.1%}" in html
     assert len(result.hit_rates) == 3
