@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ffvt.files import write_file
+from ffvt.files import write_whole
 from ffvt.report.page import png
 from ffvt.report.pictures import QUIET
 from ffvt.report.runs import Run, number_in, read_runs
@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"plot: the folder of output must exist; got output={str(output)!r}")
     runs = read_runs(arguments.runs)
-    write_file(output, png(comparison_figure(runs)))
+    write_whole(output, png(comparison_figure(runs)))
     print(summary_table(runs))
     print(arguments.output)
     return 0

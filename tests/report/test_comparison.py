@@ -201,7 +201,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
 
     monkeypatch.setattr(files, "sync", full)
     with pytest.raises(OSError, match="no space left"):
-        files.write_file(output, b"half")
+        files.write_whole(output, b"half")
     assert [path.read_bytes() for path in output.parent.iterdir()] == [b"earlier"]
     monkeypatch.undo()
     assert main(["plot", str(tmp_path / "run"), "--output", str(output)]) == 0
