@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from ffvt.files import write_whole
 from ffvt.kernels.decompositions import decompositions
 from ffvt.model.ffvt import ViT
 from ffvt.model.selection import SelectingModel
+
+if TYPE_CHECKING:
+    from ffvt.inference import Classifier
 
 NAME = "export_model"
 FACTS = "ffvt"  # where a file keeps its facts, as JSON
@@ -109,6 +112,22 @@ def export_model(
     return ExportReport(path, len(content), (batch_size or "batch", 3, image_size, image_size), compared)
 
 
+def export_classifier(classifier: Classifier, path: str | Path, **options: Any) -> ExportReport:
+    """`export_model` of a trained classifier, with all that its images go through among the facts of the file.
+
+    The facts: "classes" in the order of the logits; "resize_size", to which an image is resized, bilinear, before its
+    middle `image_size` x `image_size` is taken; "mean" and "std" of the channels R, G, B, after a division by 255.
+    """
+    recipe = classifier.recipe
+    facts = {
+        "classes": classifier.classes,
+        "resize_size": classifier.facts["resize_size"],
+        "mean": recipe.mean,
+        "std": recipe.std,
+    }
+    return export_model(classifier.model, path, facts=facts, **options)
+
+
 class _Format(NamedTuple):
     """How a file is made and run."""
 
@@ -186,7 +205,13 @@ def _trace(model: nn.Module, image_size: int, batch_size: int | None) -> Exporte
 def _write_onnx(program: ExportedProgram, facts: str, opset: int | None) -> bytes:
     names = ["logits", "index", "score"][: len(program.graph_signature.user_outputs)]
     exported = torch.onnx.export(
-        program, dynamo=True, verbose=False, opset_version=opset, input_names=["images"], output_names=names
+        program,
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=({0: "batch"},) if program.range_constraints else None,  # names the dimension
     )
     proto = exported.model_proto
     proto.metadata_props.add(key=FACTS, value=facts)

@@ -124,7 +124,7 @@ def test_info_is_json_and_says_what_serves():
     assert info["devices"]["cpu"]["serves"] == "torch" or info["backends"]["cpp"] == "available"
 
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "visualize", "plot", "plan", "doctor", "info")
+COMMANDS = ("demo", "train", "evaluate", "predict", "visualize", "export", "plot", "plan", "doctor", "info")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

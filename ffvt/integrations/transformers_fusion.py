@@ -79,16 +79,16 @@ class FusedTransformer(SelectingModel):
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes each layer in the backward instead of keeping its activations."""
-        self.vit.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Recomputes each layer in the backward instead of keeping its activations; takes what transformers' takes."""
+        self.vit.activation_checkpointing_enable(*args, **options)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.vit.gradient_checkpointing_disable()
+    def activation_checkpointing_disable(self) -> None:
+        self.vit.activation_checkpointing_disable()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As the other models of this package have it."""
-        self.gradient_checkpointing_enable() if enable else self.gradient_checkpointing_disable()
+        self.activation_checkpointing_enable() if enable else self.activation_checkpointing_disable()
 
     def forward_features_with_selection(self, images: Tensor) -> tuple[Tensor, Selection]:
         if not images.is_floating_point():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ffvt.kernels import registration  # noqa: F401  defines torch.ops.ffvt
 from ffvt.kernels.backend_torch import class_logits
-from ffvt.kernels.reference import maws_score
+from ffvt.kernels.reference import attention_logits, maws_score
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -49,7 +49,7 @@ def _maws_attention(
     index, score = _maws_select(q, k, num_select, scale, first_candidate, backend)
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]  # (B, H, N, D)
     out = F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()
-    lse = (heads_first[0] @ heads_first[1].mT).mul(scale).to(score.dtype).logsumexp(-1)  # unread, so left out
+    lse = attention_logits(q, k, scale).logsumexp(-1)  # nobody reads it, so a program leaves it out
     return out, index, score, lse, torch.zeros_like(lse)
 
 
