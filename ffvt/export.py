@@ -1,4 +1,4 @@
-"""A model as one file for other run times: ONNX, or a program of torch.export; compared with the model before it is written.
+"""A model as one file for other run times, compared with it before it is written: ONNX, or a torch.export program.
 
 Both hold plain operations only (`kernels/decompositions.py`), so that neither needs this package to run.
 """
@@ -126,6 +126,12 @@ def export_classifier(classifier: Classifier, path: str | Path, **options: Any) 
         "std": recipe.std,
     }
     return export_model(classifier.model, path, facts=facts, **options)
+
+
+def load_exported(path: str | Path) -> Callable[[Tensor], list[Tensor]]:
+    """An exported file as a function on the CPU: images (B, 3, S, S) fp32 -> [logits], or [logits, index, score]."""
+    path = Path(path)
+    return _FORMATS[path.suffix].load(path.read_bytes())
 
 
 class _Format(NamedTuple):

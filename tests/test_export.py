@@ -1,5 +1,6 @@
 """export_model: files that give the model's logits and picks on any batch, and what is refused before they appear."""
 
+import copy
 import json
 import sys
 
@@ -146,7 +147,8 @@ def test_what_timm_built_is_exported_too(tmp_path):
 @pytest.mark.slow
 def test_the_hybrid_is_exported_too(tmp_path):
     pytest.importorskip("timm")
-    model = ffvt.create_model("r50_vit_b16", image_size=32, depth=2, embed_dim=32, num_heads=2, mlp_dim=32, num_select=1)
+    sizes = dict(image_size=32, depth=2, embed_dim=32, num_heads=2, mlp_dim=32, num_select=1)
+    model = ffvt.create_model("r50_vit_b16", **sizes)
     torch.nn.init.normal_(model.head.weight)
     assert ffvt.export_model(model, tmp_path / "m.pt2", check=2).compared.images == 6
 
@@ -210,16 +212,19 @@ def test_a_file_that_differs_is_not_written_and_an_older_one_stays(tmp_path, for
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
 
 
-def test_picks_that_hang_on_rounding_are_left_out_and_counted():
+def test_images_whose_picks_hang_on_rounding_are_excused_if_they_differ():
     """All patches alike: their scores are equal, and which are picked says nothing."""
     model = trained_model(first_candidate=1).eval()
     with torch.no_grad():
         model.pos_embed.zero_()
         model.patch_embed.proj.weight.zero_()
-    expected = expect(model, trained_model(first_candidate=1).eval().double(), torch.randn(2, 3, 32, 32))
-    assert expected.clear.shape == (2, 2)
+    expected = expect(model, copy.deepcopy(model).double(), torch.randn(2, 3, 32, 32))
+    assert not expected.clear.any()
     with pytest.raises(ValueError, match="must have clear picks to be compared; got none among 4"):
-        compare(model, lambda images: [model(images)], 32, (1, 3))
+        compare(model, lambda images: [model(images) + 1], 32, (1, 3))
+    found = compare(model, lambda images: [model(images) + (len(images) == 1)], 32, (1, 3))
+    assert (found.images, found.excused, found.difference) == (4, 1, 0.0)
+    assert "but for 1 images" in found.summary()
 
 
 def test_unchecked_files_say_so(tmp_path, format_of_zeros):

@@ -51,7 +51,7 @@ FAMILIES = {
 
 
 class FusedTransformer(SelectingModel):
-    """A ViT of transformers turned into an FFVT by `add_feature_fusion`; `forward` is that of transformers' classifiers.
+    """A ViT of transformers turned into an FFVT by `add_feature_fusion`; `forward` is as in transformers' classifiers.
 
     The ViT is `vit`; its own forward keeps working.
     """

@@ -45,7 +45,9 @@ def forward(build: Callable[[], nn.Module], training: bool = False, **arguments:
     return attempt
 
 
-def attention(mask: Tensor | None = None, shapes: dict[str, tuple[int, ...]] | None = None, **arguments: Any) -> Attempt:
+def attention(
+    mask: Tensor | None = None, shapes: dict[str, tuple[int, ...]] | None = None, **arguments: Any
+) -> Attempt:
     """A call of the attention function as a model of transformers makes it."""
 
     def attempt(folder: Path) -> None:

@@ -127,7 +127,9 @@ def test_scores_and_picks_are_the_references_of_the_map(family):
         model(images)
         selections = []
         model.set_attn_implementation("ffvt")
-        scores = model(images, output_attentions=True, selections=selections, num_select=5, first_candidate=1).attentions
+        scores = model(
+            images, output_attentions=True, selections=selections, num_select=5, first_candidate=1
+        ).attentions
     expected = reference.maws_score(logits[0][:, :, 0, :], logits[0][:, :, :, 0])
     ((index, score),) = selections
     torch.testing.assert_close(scores[0], expected, rtol=1e-5, atol=1e-8)
