@@ -56,9 +56,9 @@ def compared(found: list[list[Tensor]], expected: list) -> str:
     picks = (index.sort(-1).values == true_index.sort(-1).values).all(-1)
     difference, unclear = (logits - true_logits).abs().amax(1), clear.numel() - int(clear.sum())
     return (
-        f"same top-1 {int(same.sum())}/{len(same)}; same picks in {int((picks & clear).sum())}/{int(clear.sum())} clear "
-        f"layers of images, and in {int((picks & ~clear).sum())}/{unclear} unclear ones; largest difference of the "
-        f"logits {float(difference.max()):.1e}, of logits up to {float(true_logits.abs().max()):.2f}"
+        f"same top-1 {int(same.sum())}/{len(same)}; same picks in {int((picks & clear).sum())}/{int(clear.sum())} "
+        f"clear layers of images, and in {int((picks & ~clear).sum())}/{unclear} unclear ones; largest difference of "
+        f"the logits {float(difference.max()):.1e}, of logits up to {float(true_logits.abs().max()):.2f}"
     )
 
 
