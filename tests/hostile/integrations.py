@@ -244,7 +244,6 @@ EXPORT = [
     ("another's model", exporting(build=lambda: nn.Linear(2, 2)), "got a Linear"),
     ("half precision", exporting(build=lambda: tiny_model().half()), "got torch.float16"),
     ("facts that JSON has not", exporting(facts={"mean": torch.nan}), "JSON compliant"),
-    ("weights that are not numbers", nan_weights, "logits"),
     ("images of integers", ours_on(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), "got images.dtype=torch.uint8"),
 ]
 ONNX = [
@@ -270,6 +269,7 @@ def _integer_heads() -> None:
 
 def _cases() -> list[Case]:
     cases = [Case("export", *row) for row in EXPORT] + [Case("export", *row, None) for row in COMMANDS]
+    cases.append(Case("export", "weights that are not numbers", nan_weights, "logits", slow=True))
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         cases += [Case("export", *row) for row in ONNX]
     if importlib.util.find_spec("transformers"):
