@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from ffvt.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ffvt.export import export_model
     from ffvt.inference import Classifier, load
+    from ffvt.integrations.fusion import add_feature_fusion
     from ffvt.kernels import reference
     from ffvt.kernels.backends import info, use_backend
+    from ffvt.kernels.decompositions import decompositions
     from ffvt.kernels.ops import gather_tokens, maws_attention, maws_attention_qkvpacked, maws_select
     from ffvt.model.config import FFVTConfig
     from ffvt.model.ffvt import FFVT, ViT, create_model
     from ffvt.model.layers import MAWSAttention
     from ffvt.model.selection import Selection
-    from ffvt.model.timm_adapter import add_feature_fusion
     from ffvt.model.weights import LoadReport, load_weights
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "ViT",
     "add_feature_fusion",
     "create_model",
+    "decompositions",
+    "export_model",
     "gather_tokens",
     "info",
     "load",
@@ -47,17 +51,19 @@ __all__ = [
     "use_backend",
 ]
 
-_PACKAGES = ("data", "kernels", "model", "report", "train")
+_PACKAGES = ("data", "integrations", "kernels", "model", "report", "train")
 _HOMES = {  # module: the names that are defined there; a module that is public itself has no names
     "ffvt.inference": ("Classifier", "load"),
+    "ffvt.export": ("export_model",),
+    "ffvt.integrations.fusion": ("add_feature_fusion",),
     "ffvt.kernels.reference": (),
     "ffvt.kernels.backends": ("info", "use_backend"),
+    "ffvt.kernels.decompositions": ("decompositions",),
     "ffvt.kernels.ops": ("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),
     "ffvt.model.config": ("FFVTConfig",),
     "ffvt.model.ffvt": ("FFVT", "ViT", "create_model"),
     "ffvt.model.layers": ("MAWSAttention",),
     "ffvt.model.selection": ("Selection",),
-    "ffvt.model.timm_adapter": ("add_feature_fusion",),
     "ffvt.model.weights": ("LoadReport", "load_weights"),
 }
 

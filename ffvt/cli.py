@@ -1,4 +1,4 @@
-"""The command line: `ffvt demo | train | evaluate | predict | visualize | plot | plan | doctor | info`.
+"""The command line: `ffvt demo | train | evaluate | predict | visualize | export | plot | plan | doctor | info`.
 
 A command imports what it needs when it runs, so that every `--help` answers without importing torch.
 """
@@ -57,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate_flags(add(evaluate, "evaluate a trained model on a data set"))
     _add_predict_flags(add(predict, "classify images: the most probable classes of each"))
     _add_visualize_flags(add(visualize, "show which patches each layer picks in images"))
+    _add_export_flags(add(export, "write a checkpoint as one .onnx or .pt2 file, compared with the model"))
     _add_plot_flags(add(plot, "compare training runs in one figure"))
     _add_plan_flags(add(plan, "predict the largest batch and the images per second of training"))
     _add_doctor_flags(add(doctor, "check a data set on disk: layout, counts, images, duplicates, leaks"))
@@ -148,6 +149,29 @@ def visualize(arguments: argparse.Namespace) -> int:
     from ffvt.report.gallery import run
 
     return run(arguments)
+
+
+def _add_export_flags(command: argparse.ArgumentParser) -> None:
+    _add_checkpoint_flag(command)
+    command.add_argument("--output", required=True, metavar="FILE", help="file to write: .onnx or .pt2")
+    command.add_argument("--with_selection", action="store_true", help="return the picks and the scores too")
+    command.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (default: PyTorch's choice)")
+    size = {"type": _batch_size, "default": None, "metavar": "N"}
+    command.add_argument("--batch_size", help="images per call, or dynamic for any number (default: dynamic)", **size)
+    images = "random images to compare file and model on before it is written; 0: none (default: 8)"
+    command.add_argument("--check", type=int, default=8, metavar="N", help=images)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from ffvt.export import export_classifier
+    from ffvt.inference import load
+
+    options = {name: getattr(arguments, name) for name in ("with_selection", "batch_size", "opset", "check")}
+    print(export_classifier(load(arguments.checkpoint), arguments.output, **options).summary())
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "dynamic" else int(text)
 
 
 def _add_checkpoint_flag(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ffvt.cli import main
@@ -86,9 +87,34 @@ def test_visualize_writes_a_page(run, tmp_path, capsys):
     assert output.read_text().count("<article") == 2
 
 
+def test_export_writes_a_file_that_says_what_its_images_go_through(run, tmp_path, capsys):
+    capsys.readouterr()
+    path, checkpoint = tmp_path / "model.pt2", run / "run" / "best"
+    asked = ["--with_selection", "--batch_size", "2", "--check", "1"]
+    assert main(["export", "--checkpoint", str(checkpoint), "--output", str(path), *asked]) == 0
+    said = capsys.readouterr().out
+    assert "takes images (2, 3, 64, 64), fp32" in said
+    assert "compared on 2 random images: logits within" in said
+    assert f"torch.export.load('{path}').module()(images)" in said
+    files = {"ffvt": ""}
+    program = torch.export.load(path, extra_files=files).module()
+    facts = json.loads(files["ffvt"])
+    assert facts["classes"] == ["crow", "jay", "kite", "owl", "tit", "wren"]
+    assert (facts["resize_size"], facts["image_size"]) == (72, 64)
+    pictures = [str(run / "photos" / "test" / name / "0.jpg") for name in ("owl", "jay")]
+    images = torch.stack(
+        [center_crop(load_image(path, facts["resize_size"]), facts["image_size"]) for path in pictures]
+    )
+    mean, std = (torch.tensor(facts[name]).view(3, 1, 1) for name in ("mean", "std"))
+    logits = program((images / 255 - mean) / std)[0]
+    expected = load_checkpoint(checkpoint).model.eval()(normalize(images))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["export", "--checkpoint", "RUN", "--output", "model.bin"], "got path='model.bin'"),
         (["evaluate", "--checkpoint", "nowhere"], "checkpoint must be a folder with training.json; got 'nowhere'"),
         (["predict", "--checkpoint", "RUN", "--top", "0", "x.jpg"], "got top=0"),
         (["visualize", "--checkpoint", "RUN", "RUN/log.jsonl"], "an image must be readable; got none"),
@@ -119,7 +145,7 @@ def test_info_is_json_and_says_what_serves():
     assert info["devices"]["cpu"]["serves"] == "torch" or info["backends"]["cpp"] == "available"
 
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "visualize", "plot", "plan", "doctor", "info")
+COMMANDS = ("demo", "train", "evaluate", "predict", "visualize", "export", "plot", "plan", "doctor", "info")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -31,6 +31,8 @@ class PatchEmbed(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.image_size, self.image_size):
             expected = f"(B, 3, {self.image_size}, {self.image_size})"
             raise ValueError(f"FFVT: images must be {expected}; got images.shape={tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"FFVT: images must be floating point, normalised; got images.dtype={images.dtype}")
         if self.backbone:
             images = self.backbone(images)
         return self.proj(images).flatten(2).transpose(1, 2)
