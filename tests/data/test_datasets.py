@@ -18,10 +18,10 @@ def test_folders_give_the_classes_of_training(photographs):
     (photographs / "test" / "d").mkdir()
     with pytest.raises(ValueError, match="got class 'd'"):
         folder_images(photographs, "test", 32)
-    with pytest.raises(ValueError, match="data_root must hold val/<class>/<picture>"):
+    with pytest.raises(ValueError, match="data_root must hold val/<class>/<image>"):
         folder_images(photographs, "val", 32)
     (photographs / "train" / "empty").mkdir()
-    with pytest.raises(ValueError, match="every class of train must have pictures; got none in 'empty'"):
+    with pytest.raises(ValueError, match="every class of train must have images; got none in 'empty'"):
         folder_images(photographs, "train", 32)
 
 

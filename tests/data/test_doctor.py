@@ -109,7 +109,7 @@ def test_lists_that_cannot_be_read_are_a_finding_not_a_crash(small_cub):
     (small_cub / "CUB_200_2011" / "images.txt").unlink()
     found = examine("CUB", small_cub)
     assert not found.ok
-    assert "must be as published" in found.problems[0]
+    assert "images.txt must be there" in found.problems[0]
     assert "data_root must hold" in examine("dog", small_cub).problems[0]
     with pytest.raises(ValueError, match="got dataset='partbirds', which is drawn from a seed"):
         examine("partbirds", small_cub)
