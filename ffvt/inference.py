@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ffvt.data.datasets import open_split, recipe_of
+from ffvt.data.headers import check_headers
 from ffvt.data.images import load_image
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import evaluation_view, normalize
@@ -112,8 +113,11 @@ def evaluate_checkpoint(
         seed=options["seed"],
         classes=classifier.classes,
         cache_dir=cache_dir,
+        fit=options.get("fit", "stretch"),
+        image_root=options.get("image_root", "") if not data_root else "",
     )
     if list(images.classes) != classifier.classes:
         raise ValueError(f"{dataset} must have the classes of the checkpoint; got {list(images.classes)[:3]} and so on")
+    world.on_main(lambda: check_headers(None, {split: images}, skip_bad_images))
     view = EvaluationView(images, config.image_size, classifier.recipe, config.grid_size, skip_bad_images)
     return evaluate(classifier.model.to(world.device), view, world, batch_size, precision, workers)

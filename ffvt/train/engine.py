@@ -71,7 +71,7 @@ def train(options: TrainOptions) -> TrainResult:
     ):
         started, stopped = time.perf_counter(), None
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-        data = open_data(options)
+        data = open_data(options, world)
         state = TrainState(options, world, len(data.classes))
         peak_flops = measure_matmul_flops(world.device, dtype_of(options.autocast_precision))
         run.start(state, data, facts_of(options, world, data, peak_flops))
