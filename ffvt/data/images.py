@@ -32,8 +32,9 @@ TURNS = {  # EXIF's orientations, and what undoes them
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow warns, with a line of its code, of half the size that it refuses: this is no news to whoever took the picture.
+# Pillow warns, with lines of its code, of half the size that it refuses, and of damaged metadata.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @cache
