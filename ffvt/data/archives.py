@@ -227,6 +227,8 @@ def _unpack_zip(file: BinaryIO, folder: Path, budget: _Budget) -> None:
                 while block := source.read(BLOCK):
                     budget.spend(len(block))
                     made.write(block)
+                if made.tell() != member.file_size:
+                    raise ValueError(f"must have {member.file_size} bytes; got {made.tell()}")
 
 
 def _checked_name(member: zipfile.ZipInfo) -> PurePosixPath:

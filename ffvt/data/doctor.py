@@ -210,7 +210,9 @@ def _balance(per_class: dict[str, int]) -> str:
         return ""
     (largest, most), (smallest, least) = (pick(per_class.items(), key=lambda pair: pair[1]) for pick in (max, min))
     times = f", {most / least:.1f} times as many" if most > least > 0 else ""
-    ends = f"most for training in '{printable(largest, 60)}' ({most:,}), fewest in '{printable(smallest, 60)}' ({least:,})"
+    ends = (
+        f"most for training in '{printable(largest, 60)}' ({most:,}), fewest in '{printable(smallest, 60)}' ({least:,})"
+    )
     return f"; {ends}{times}"
 
 
