@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +18,6 @@ from ffvt.errors import printable
 from ffvt.files import open_regular
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the file
-MAX_CELLS = 10_000_000  # of one array in a MATLAB file
 FEW = 1000  # classes without images that are told by their names
 
 
@@ -151,7 +153,7 @@ def read_dogs(root: Path, split: str, _classes: Sequence[str] | None) -> Listing
     """Stanford Dogs: Images/, Annotation/; train_list.mat, test_list.mat (labels from 1), beside them or in lists/."""
     files, labels = _read_dog_list(root, split)
     names: dict[int, str] = {}
-    for file, label in zip(*_read_dog_list(root, "train")):
+    for file, label in zip(files, labels) if split == "train" else zip(*_read_dog_list(root, "train")):
         names[label] = file.split("/")[0].partition("-")[2]
     _check_count(max(names) + 1, len(names), root / "train_list.mat")
     classes = [names.get(label, str(label)) for label in range(max(names) + 1)]
@@ -162,7 +164,7 @@ def read_dogs(root: Path, split: str, _classes: Sequence[str] | None) -> Listing
 def _read_dog_list(root: Path, split: str) -> tuple[list[str], list[int]]:
     places = [folder / f"{split}_list.mat" for folder in (root, root / "lists", root.parent / "lists", root.parent)]
     found = _load_mat(next((place for place in places if place.exists()), places[0]), "file_list", "labels")
-    return _strings(found["file_list"]), [int(label) - 1 for label in found["labels"].ravel()]
+    return _strings(found["file_list"]), [int(label) - 1 for label in found["labels"]]
 
 
 def read_ufg(root: Path, split: str, _classes: Sequence[str] | None) -> Listing:
@@ -210,7 +212,7 @@ def read_cars(root: Path, split: str, _classes: Sequence[str] | None) -> Listing
             f"car: {root / listed.name} must be there: the devkit's test list has no labels, this one comes separately;"
             " got none"
         )
-    annotations = _load_mat(listed, "annotations")["annotations"].ravel()
+    annotations = _load_mat(listed, "annotations")["annotations"]
     classes = _strings(_load_mat(root / "devkit/cars_meta.mat", "class_names")["class_names"])
     files = [str(_scalar(one["fname"])) for one in annotations]
     labels = [int(_scalar(one["class"])) - 1 for one in annotations]
@@ -254,40 +256,33 @@ def read_inat2017(root: Path, split: str, _classes: Sequence[str] | None) -> Lis
 
 
 def _load_mat(path: Path, *names: str) -> dict[str, Any]:
-    """Variables of a MATLAB file.
+    """Variables of a MATLAB file: arrays and cells as flat lists, structures as dicts.
 
     Raises:
         ListError: it is not there, is none or has none of that name. ImportError: SciPy is not installed.
     """
-    try:
-        from scipy.io import loadmat, whosmat
-    except ImportError as error:
-        raise ImportError("the lists are MATLAB files, which need SciPy: pip install 'ffvt[train]'") from error
-    if not path.exists():
-        raise ListError(f"{shown(path)} must be there; got no such file")
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("the lists are MATLAB files, which need SciPy: pip install 'ffvt[train]'")
     try:
         with open_regular(path) as file:
-            shapes = {name: shape for name, shape, _ in whosmat(file)}
-            large = [name for name in names if math.prod(shapes.get(name, ())) > MAX_CELLS]
-            file.seek(0)
-            found = {} if large else loadmat(file, variable_names=names)
-    except Exception as error:  # SciPy has many
-        reason = printable(str(error)) or type(error).__name__
-        raise ListError(f"{shown(path)} must be a MATLAB file; got {reason}") from error
-    if large:
-        raise ListError(f"{shown(path)}: {large[0]} must have at most {MAX_CELLS} entries; got {shapes[large[0]]}")
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ListError(f"{shown(path)} must hold {missing[0]}; got {printable(', '.join(shapes)) or 'nothing'}")
-    return found
+            command = [sys.executable, str(Path(__file__).with_name("matlab_dump.py")), *names]
+            reader = subprocess.run(command, stdin=file, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ListError(f"{shown(path)} must be there; got no such file") from None
+    except OSError as error:
+        raise ListError(f"{shown(path)} must be a readable file; got one that {error.strerror}") from error
+    if reader.returncode:
+        lines = reader.stderr.strip().splitlines() if reader.returncode > 0 else []  # below: a signal
+        raise ListError(f"{shown(path)} {printable((lines or ['must be undamaged; got what crashes its reader'])[-1])}")
+    return json.loads(reader.stdout)
 
 
 def _scalar(value: Any) -> Any:
     """The one entry of MATLAB's nested one-element arrays."""
-    while hasattr(value, "ravel") and getattr(value, "shape", ()) != ():
-        value = value.ravel()[0]
+    while isinstance(value, list) and value:
+        value = value[0]
     return value
 
 
-def _strings(cells: Any) -> list[str]:
-    return [str(_scalar(cell)) for cell in cells.ravel()]
+def _strings(cells: list[Any]) -> list[str]:
+    return [str(_scalar(cell)) for cell in cells]

@@ -138,7 +138,13 @@ def _rows(path: Path, problems: list[str]) -> list[tuple[str, str]]:
         raise ListError(f"csv: data_root must hold {path.name}; got '{shown(path.parent)}'{hint}")
     text = read_text(path)
     delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ListError(
+            f"csv: {shown(path)} must be a list with columns; got, after line {reader.line_num}, {error}"
+        ) from error
     image, label = (_column(reader.fieldnames or (), known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
     if image is None or label is None:
         got = printable(", ".join(reader.fieldnames or ())) or "an empty file"
@@ -146,17 +152,12 @@ def _rows(path: Path, problems: list[str]) -> list[tuple[str, str]]:
             f"csv: {shown(path)} must have the columns image and label (or {', '.join(IMAGE_COLUMNS[1:])}; "
             f"{', '.join(LABEL_COLUMNS[1:])}); got {got}"
         )
-    rows, incomplete = [], []
-    for row in reader:
-        pair = (row[image] or "").strip(), (row[label] or "").strip()
-        if all(pair):
-            rows.append(pair)
-        else:
-            incomplete.append(reader.line_num)
+    pairs = [(line, (row[image] or "").strip(), (row[label] or "").strip()) for line, row in rows]
+    incomplete = [line for line, *pair in pairs if not all(pair)]
     if incomplete:
         where = f"line {incomplete[0]} ({len(incomplete)} such)"
         problems.append(f"csv: {shown(path)} must have an image and a label in every line; got one without in {where}")
-    return rows
+    return [(file, name) for _, file, name in pairs if file and name]
 
 
 def _column(headings: Iterable[str], known: Sequence[str]) -> str | None:
