@@ -88,6 +88,9 @@ def _add_evaluate_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
     command.add_argument("--dataset", default="", help="data set (default: the one it was trained on)")
     command.add_argument("--data_root", default="", help="folder of the data set (default: as in training)")
+    command.add_argument(
+        "--image_root", default="", help="folder of the images that a csv lists (default: as data_root)"
+    )
     command.add_argument("--split", default="test", help="split (default: test)")
     command.add_argument("--batch_size", type=int, default=16, help="images per step (default: 16)")
     command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
@@ -102,7 +105,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ffvt.inference import evaluate_checkpoint, load
     from ffvt.train.distributed import join_world
 
-    names = ("dataset", "data_root", "split", "batch_size", "precision", "workers", "cache_dir", "skip_bad_images")
+    names = (
+        "dataset",
+        "data_root",
+        "image_root",
+        "split",
+        "batch_size",
+        "precision",
+        "workers",
+        "cache_dir",
+        "skip_bad_images",
+    )
     classifier = load(arguments.checkpoint)
     with join_world(arguments.device) as world:
         score = evaluate_checkpoint(classifier, world, **{name: getattr(arguments, name) for name in names})

@@ -84,6 +84,7 @@ def evaluate_checkpoint(
     workers: int = 0,
     cache_dir: str = "",
     skip_bad_images: bool = False,
+    image_root: str = "",
 ) -> Score:
     """Scores a classifier on a split of the data set that it was trained on, or of another with the same classes.
 
@@ -97,6 +98,7 @@ def evaluate_checkpoint(
         workers: processes that load images, per rank.
         cache_dir: folder of decoded images, empty for none.
         skip_bad_images: leave unreadable images out instead of stopping.
+        image_root: folder of the images that a csv lists; empty for the data set's, or that of the training.
 
     Raises:
         ValueError: the data set has other classes, or cannot be read.
@@ -114,7 +116,7 @@ def evaluate_checkpoint(
         classes=classifier.classes,
         cache_dir=cache_dir,
         fit=options.get("fit", "stretch"),
-        image_root=options.get("image_root", "") if not data_root else "",
+        image_root=image_root or ("" if data_root else options.get("image_root", "")),
     )
     if list(images.classes) != classifier.classes:
         raise ValueError(f"{dataset} must have the classes of the checkpoint; got {list(images.classes)[:3]} and so on")

@@ -123,7 +123,9 @@ def open_cached(
     if entry.exists():
         try:
             return CachedPixels(entry, len(paths), size)
-        except (DamagedCache, FileNotFoundError) as error:
+        except PermissionError:  # there is no telling what another user's files are
+            raise
+        except (DamagedCache, OSError) as error:
             log.warning("%s; it is built again", error)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(cache_dir / f"{entry.name}.lock"):

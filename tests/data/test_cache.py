@@ -103,3 +103,24 @@ def test_processes_that_want_one_entry_build_it_once(photographs, tmp_path, capl
         process.join()
     entries = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(entries) == 1
+
+
+def test_damaged_pixels_are_noticed_where_they_are_first_read(photographs, tmp_path, caplog):
+    plain = open_split("imagefolder", "train", 32, 48, str(photographs))
+    path = cached(photographs, tmp_path / "cache").pixels.file
+    content = bytearray(path.read_bytes())
+    content[3 * 48**2 * 4 + 7] ^= 1  # of image 4
+    path.write_bytes(content)
+    images = cached(photographs, tmp_path / "cache")
+    with pytest.raises(cache.DamagedCache, match="is damaged at image 4; delete .* to have it built again"):
+        images.pixels[4]
+    assert all(torch.equal(images[i][0], plain[i][0]) for i in range(15))
+    assert caplog.text.count("the image is decoded anew") == 1
+
+
+def test_each_fit_and_orientation_is_another_entry(photographs):
+    paths = list(read_listing("imagefolder", "train", photographs).paths)
+    keys = {
+        cache_key(paths, 48, orient=orient, fit=fit) for orient in (True, False) for fit in ("stretch", "crop", "pad")
+    }
+    assert len(keys) == 6

@@ -142,3 +142,30 @@ def test_broken_pictures_are_compared_too_and_files_that_do_not_open_are_not(sma
     look = doctor._look(tmp_path / "gone.jpg")  # after it was listed
     assert look.digest == ""
     assert "gone.jpg" in look.problem
+
+
+def test_a_users_own_images_are_described_in_one_run(photographs, capsys):
+    (photographs / "val").mkdir()
+    shutil.copytree(photographs / "test" / "a", photographs / "val" / "a")
+    (photographs / "train" / "a" / "phone.heic").touch()
+    (photographs / "test" / "d").mkdir()
+    (photographs / "train" / "c" / "0.png").write_bytes(b"no image")
+    found = examine("imagefolder", photographs)
+    assert found.counts == {"train": 15, "test": 4, "val": 2}
+    assert found.per_class["test"] == {"a": 2, "b": 0, "c": 2}
+    assert found.left_out == {"train": {".heic": 1, ".txt": 1}}
+    assert found.untested == ["b"]
+    assert found.sizes == {"width": (60, 70, 80), "height": (40, 40, 40)}
+    assert "got class 'd'" in found.problems[0]
+    assert len(found.unreadable) == 1
+    assert main(["doctor", "--dataset", "imagefolder", "--data_root", str(photographs), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["untested"] == ["b"]
+    assert "1 classes have no test images: 'b'" in render(found)
+    assert "pixels: width 60 to 80, median 70; height 40 to 40, median 40" in render(found)
+
+
+def test_a_list_with_its_images_elsewhere_is_examined(tmp_path):
+    root = fixtures.write_csv(tmp_path / "set")
+    (root / "pictures").rename(tmp_path / "pictures")
+    assert not examine("csv", root).ok
+    assert examine("csv", root, image_root=tmp_path).ok
