@@ -172,9 +172,9 @@ def find_root(layout: Layout, data_root: str | Path) -> Path:
         ValueError: none of them holds the set; the message says what was looked for, and where to get it.
     """
     root = Path(data_root)
-    if not root.is_dir():
-        raise ValueError(f"{layout.name}: data_root must be a folder; got data_root='{shown(root)}'")
     if not layout.marker:
+        if not root.is_dir():
+            raise ValueError(f"{layout.name}: data_root must be a folder; got data_root='{shown(root)}'")
         return root
     tried = [root, *(root / folder for folder in layout.folders)]
     for folder in tried:
