@@ -28,8 +28,9 @@ from torchvision import transforms
 from benchmarks.harness import Case, measure, require_close, save, speedups, stamp
 from benchmarks.tables import render
 from ffvt.data.datasets import CachedPictures, PictureFiles
-from ffvt.data.layout_readers import PICTURE_SUFFIXES, Listing
+from ffvt.data.layout_readers import Listing
 from ffvt.data.mixing import Mixing
+from ffvt.data.own_readers import PICTURE_SUFFIXES
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingView, batch_as_it_is
 from ffvt.data.transforms import AUGMENTATIONS, PLAIN, RECIPES, Recipe, augmented, normalize
 from ffvt.train.step import Preparation

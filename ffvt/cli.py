@@ -88,6 +88,7 @@ def _add_evaluate_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
     command.add_argument("--dataset", default="", help="data set (default: the one it was trained on)")
     command.add_argument("--data_root", default="", help="folder of the data set (default: as in training)")
+    command.add_argument("--image_root", default="", help="folder of the images that a csv lists (default: data_root)")
     command.add_argument("--split", default="test", help="split; val: also what --val_split held out (default: test)")
     _add_inference_flags(command, batch_size="images per process and step")
     command.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
@@ -229,6 +230,7 @@ def plan(arguments: argparse.Namespace) -> None:
 def _add_doctor_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", required=True, help="name of the data set, as in training")
     command.add_argument("--data_root", default="./data", help="folder of the data set (default: ./data)")
+    command.add_argument("--image_root", default="", help="folder of the images that a csv lists (default: data_root)")
     command.add_argument("--extract", metavar="ARCHIVE", help="first unpack this archive into data_root")
     command.add_argument("--threads", type=int, default=0, help="threads that read images (default: one per CPU)")
     command.add_argument("--json", action="store_true", help="print JSON")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 BLOCK = 1 << 20  # bytes read at once
 
@@ -72,10 +75,31 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading. A pipe, a device or a socket is never waited for, nor touched.
+
+    Raises:
+        OSError: it is none, is not there or does not open.
+    """
+    _check_regular(os.stat(path), path)  # before it is opened: to open a device may do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor), path)  # it may have been exchanged since
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's contents, 64 hexadecimal digits."""
+    """The SHA-256 of a regular file's contents, 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ffvt.data.datasets import recipe_for
-from ffvt.data.images import UNREADABLE, read_image, to_rgb, to_square
+from ffvt.data.images import UNREADABLE, read_image, to_rgb, to_square, upright
 from ffvt.data.transforms import evaluation_view, normalize
 from ffvt.errors import require
 from ffvt.model.ffvt import FFVT
@@ -217,7 +217,7 @@ def open_picture(picture: Picture) -> Image.Image:
     if isinstance(picture, (str, Path)):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(picture))
+        return to_rgb(upright(picture))
     if not isinstance(picture, Tensor):
         raise TypeError(f"classifier: a picture must be a path, a PIL image or a tensor; got {type(picture).__name__}")
     shape = tuple(picture.shape)

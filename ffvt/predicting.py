@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ffvt.data.layout_readers import PICTURE_SUFFIXES
+from ffvt.data.own_readers import PICTURE_SUFFIXES
 from ffvt.errors import printable, require
 from ffvt.inference import Classifier, Found, Prediction, Refused, load
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ffvt.data.datasets import ImageSet, ImageSubset, describe, open_split
+from ffvt.data.headers import check_headers
 from ffvt.data.layouts import canonical_name
 from ffvt.data.sampling import SKIPPED, EvaluationView, split_off
 from ffvt.inference import Classifier
@@ -104,6 +105,7 @@ def evaluate_checkpoint(
     workers: int = 0,
     cache_dir: str = "",
     skip_bad_images: bool = False,
+    image_root: str = "",
 ) -> Evaluation:
     """Scores a classifier on a split of the data set that it was trained on, or of another with the same classes.
 
@@ -115,12 +117,14 @@ def evaluate_checkpoint(
         workers: processes that load images, per rank.
         cache_dir: folder of decoded images, empty for none.
         skip_bad_images: leave unreadable images out instead of stopping.
+        image_root: folder of the images that a csv lists; empty for the data set's, or that of the training.
 
     Raises:
         ValueError: the data set has other classes, or cannot be read.
     """
     config = classifier.model.config
-    images = open_images(classifier, split, dataset, data_root, cache_dir)
+    images = open_images(classifier, split, dataset, data_root, cache_dir, image_root)
+    world.on_main(lambda: check_headers(None, {split: images}, skip_bad_images))
     view = EvaluationView(images, config.image_size, classifier.recipe, config.grid_size, skip_bad_images)
     model, answers = classifier.model.to(world.device), _Answers()
     with Progress(len(view), "evaluate", enabled=world.is_main) as progress:
@@ -155,7 +159,12 @@ class _Answers:
 
 
 def open_images(
-    classifier: Classifier, split: str = "test", dataset: str = "", data_root: str = "", cache_dir: str = ""
+    classifier: Classifier,
+    split: str = "test",
+    dataset: str = "",
+    data_root: str = "",
+    cache_dir: str = "",
+    image_root: str = "",
 ) -> ImageSet:
     """A split of a data set, with the classes of a classifier: the arguments are those of `evaluate_checkpoint`.
 
@@ -180,6 +189,8 @@ def open_images(
         seed=options["seed"],
         classes=classifier.classes,
         cache_dir=cache_dir,
+        fit=classifier.fit,
+        image_root=image_root or ("" if data_root else options.get("image_root", "")),
     )
     if list(images.classes) != classifier.classes:
         raise ValueError(f"{dataset} must have the classes of the checkpoint; got {list(images.classes)[:3]} and so on")

@@ -120,7 +120,7 @@ def test_export_writes_a_file_that_says_what_its_images_go_through(run, tmp_path
         (["visualize", "--checkpoint", "RUN", "RUN/log.jsonl"], "an image must be readable; got none"),
         (["train", "--dataset", "partbirds", "--img_size", "64", "--output_dir", "RUN/log.jsonl"], "log.jsonl"),
         (["evaluate", "--checkpoint", "RUN", "--split", "val"], "val"),
-        (["train", "--dataset", "imagefolder", "--data_root", "nowhere"], "nowhere/train"),
+        (["train", "--dataset", "imagefolder", "--data_root", "nowhere"], "must be a folder; got data_root='nowhere'"),
         (["train", "--dataset", "CUB"], "CUB: data_root must hold train_test_split.txt, from https://"),
         (["train", "--resume", "nowhere", "--dataset", "partbirds", "--img_size", "64"], "got resume='nowhere'"),
         (["train", "--fsdp", "--dataset", "partbirds", "--img_size", "64"], "fsdp needs torchrun"),

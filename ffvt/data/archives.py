@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
 import lzma
 import os
 import shutil
@@ -10,27 +12,24 @@ import stat
 import tarfile
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from ffvt.errors import printable
 
 MAX_BYTES = 400 << 30  # iNaturalist 2017 is 186 GB
+MAX_RATIO, ALLOWANCE = 200, 100 << 20  # bytes that each byte of the archive may make, beside these
 MAX_MEMBERS = 2_000_000
 MAX_PADDING = 64 << 20  # bytes that may follow a tar's last member
+MAX_HEADER = 256 << 10  # bytes of one extended header of a tar, which its reader takes into memory at once
+MAX_GLOBAL_HEADERS = 100
+MAX_DEPTH = 64  # folders within one another
 BLOCK = 1 << 20
-DAMAGE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-)
 IN_THE_WAY = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # None: gzip and bz2 tell of damage by a bare OSError
+OPENERS: dict[bytes, Callable[..., BinaryIO]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 def extract_archive(
@@ -39,7 +38,8 @@ def extract_archive(
     """Unpacks a tar (.gz, .bz2, .xz) or zip file into `folder`, whole or not at all.
 
     Members that would lie outside, links, devices, sparse and encrypted members are refused, and so are
-    archives of too many members or bytes, whatever sizes they declare. What is there already is never replaced.
+    archives of too many members or bytes, whatever sizes they declare: more than `max_bytes`, or 200 times the
+    archive. A tar must have its end: two blocks of zeros. What is there already is never replaced.
 
     Returns the files and folders that appeared in `folder`.
 
@@ -50,17 +50,23 @@ def extract_archive(
     archive, folder = Path(archive), Path(folder)
     if not archive.is_file():
         raise FileNotFoundError(f"extract_archive: archive must be a file; got archive={str(archive)!r}")
-    budget = _Budget(max_bytes, max_members)
+    budget = _Budget(min(max_bytes, ALLOWANCE + MAX_RATIO * archive.stat().st_size), max_members)
     with _fresh_folder(folder) as fresh:
         try:
             _unpack(archive, fresh, budget)
-        except OSError as error:
-            if error.errno in IN_THE_WAY:  # the folder was empty: only the archive can stand in its own way
-                raise ValueError(f"extract_archive: {archive} is refused: {budget.place}{error}") from error
-            raise OSError(error.errno, f"extract_archive: {archive}: {budget.place}{error.strerror}") from error
-        except DAMAGE as error:
-            raise ValueError(f"extract_archive: {archive} is refused: {budget.place}{error}") from error
+        except Exception as error:  # damage makes the standard library raise whatever its code happens to
+            reason = f"{budget.place}{_reason(error, fresh)}"
+            if isinstance(error, OSError) and error.errno not in IN_THE_WAY:
+                raise OSError(error.errno, f"extract_archive: {archive}: {reason}") from error
+            # The folder was empty: only the archive can stand in its own way.
+            raise ValueError(f"extract_archive: {archive} is refused: {reason}") from error
         return _move_entries(fresh, folder, archive)
+
+
+def _reason(error: Exception, fresh: Path) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error).replace(str(fresh), ""), 300) or type(error).__name__
 
 
 @dataclass
@@ -74,7 +80,7 @@ class _Budget:
     place: str = ""
 
     def enter(self, name: str) -> None:
-        self.place = f"member {name!r}: "
+        self.place = f"member '{printable(name)}': "
         self.members += 1
         self.check(self.members, self.bytes)
 
@@ -119,36 +125,97 @@ def _move_entries(fresh: Path, folder: Path, archive: Path) -> list[Path]:
 
 
 def _unpack(archive: Path, folder: Path, budget: _Budget) -> None:
-    if tarfile.is_tarfile(archive):
-        _unpack_tar(archive, folder, budget)
-    elif zipfile.is_zipfile(archive):
-        _unpack_zip(archive, folder, budget)
-    else:
-        raise ValueError("it is neither a tar nor a zip file, or damaged")
+    with archive.open("rb") as file:
+        start = file.read(tarfile.BLOCKSIZE)
+        file.seek(0)
+        opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)
+        if opener is not None:
+            with opener(file) as stream:
+                _unpack_tar(stream, folder, budget)
+        elif not start.startswith(b"PK") and _is_tar_header(start):
+            _unpack_tar(file, folder, budget)
+        elif zipfile.is_zipfile(file):
+            _unpack_zip(file, folder, budget)
+        else:
+            raise ValueError("it is neither a tar (plain, .gz, .bz2, .xz) nor a zip file, or damaged")
 
 
-def _unpack_tar(archive: Path, folder: Path, budget: _Budget) -> None:
-    with tarfile.open(archive) as tar:
+def _is_tar_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+class _TarStream:
+    """The bytes of a tar as its reader takes them: never many at once, and the last of them known."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.last = stream, b""
+        self.tell, self.seek = stream.tell, stream.seek
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER:  # members are read in small pieces, so this is a header
+            raise ValueError(f"has a header of {size} bytes, more than {MAX_HEADER}")
+        self.last = self.stream.read(size)
+        return self.last
+
+
+def _unpack_tar(stream: BinaryIO, folder: Path, budget: _Budget) -> None:
+    source = _TarStream(stream)
+    with tarfile.open(fileobj=source, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # else all of a million headers stay in memory
+            if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+                raise ValueError(f"the archive has more than {MAX_GLOBAL_HEADERS} global headers")
             budget.enter(member.name)
-            if member.issym() or member.islnk():  # Python's filter has been got around through chains of links
-                raise ValueError("is a link")
-            if member.issparse() or member.size < 0:  # the map of a sparse member may ask for more than its size
-                raise ValueError("has no plain size")
+            _check_member(member, folder)
             budget.spend(member.size)
+            member.mtime = None  # it may be infinite, and nobody needs it
             tar.extract(member, folder, filter="data")  # refuses what leads outside, and devices
-        budget.place, padding = "", 0
-        while block := tar.fileobj.read(BLOCK):  # the compressed stream's checksum stands at its end
-            padding += len(block)
-            if padding > MAX_PADDING:
-                raise ValueError(f"more than {MAX_PADDING} bytes follow the last member")
+    if not budget.members:
+        raise ValueError("it holds nothing")
+    _check_end(source, budget)
 
 
-def _unpack_zip(archive: Path, folder: Path, budget: _Budget) -> None:
-    with zipfile.ZipFile(archive) as zipped:
+def _check_member(member: tarfile.TarInfo, folder: Path) -> None:
+    if member.issym() or member.islnk():  # Python's filter has been got around through chains of links
+        raise ValueError("is a link")
+    if member.issparse() or member.size < 0:  # the map of a sparse member may ask for more than its size
+        raise ValueError("has no plain size")
+    _check_depth(member.name)
+    if member.isreg() and os.path.lexists(folder / member.name.lstrip("/")):
+        raise ValueError("is there twice")
+
+
+def _check_depth(name: str) -> None:
+    if name.count("/") > MAX_DEPTH:
+        raise ValueError(f"lies in more than {MAX_DEPTH} folders")
+
+
+def _check_end(source: _TarStream, budget: _Budget) -> None:
+    """Refuses a tar that does not end as one must. To the reader, a damaged header or a cut are ends as well."""
+    rest = source.last  # where the reader found no member
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise ValueError("it is cut off or damaged after this member")
+    budget.place, length = "", len(rest)
+    while block := source.stream.read(BLOCK):  # the compressed stream's checksum stands at its end
+        if any(block):
+            raise ValueError("it is damaged: its end is followed by more than zeros")
+        length += len(block)
+        if length > MAX_PADDING:
+            raise ValueError(f"more than {MAX_PADDING} bytes follow the last member")
+    if length < 2 * tarfile.BLOCKSIZE:
+        raise ValueError("it is cut off: its end is missing")
+
+
+def _unpack_zip(file: BinaryIO, folder: Path, budget: _Budget) -> None:
+    with zipfile.ZipFile(file) as zipped:
         members = zipped.infolist()
         budget.check(len(members), sum(member.file_size for member in members))
+        if not members:
+            raise ValueError("it holds nothing")
         for member in members:
             budget.enter(member.filename)
             target = folder / _checked_name(member)
@@ -156,10 +223,12 @@ def _unpack_zip(archive: Path, folder: Path, budget: _Budget) -> None:
                 target.mkdir(parents=True, exist_ok=True)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            with zipped.open(member) as source, target.open("xb") as file:
+            with zipped.open(member) as source, target.open("xb") as made:
                 while block := source.read(BLOCK):
                     budget.spend(len(block))
-                    file.write(block)
+                    made.write(block)
+                if made.tell() != member.file_size:
+                    raise ValueError(f"must have {member.file_size} bytes; got {made.tell()}")
 
 
 def _checked_name(member: zipfile.ZipInfo) -> PurePosixPath:
@@ -172,4 +241,5 @@ def _checked_name(member: zipfile.ZipInfo) -> PurePosixPath:
         raise ValueError("is a link or a device")
     if member.flag_bits & 1:
         raise ValueError("is encrypted")
+    _check_depth(name)
     return path

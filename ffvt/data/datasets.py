@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,23 +10,26 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ffvt.data.cache import open_cached
-from ffvt.data.images import load_image
-from ffvt.data.layouts import CIFAR, Listing, canonical_name, read_cifar, read_listing
+from ffvt.data.cache import DamagedCache, open_cached
+from ffvt.data.images import FITS, load_image, open_image, place_in_square
+from ffvt.data.layouts import CIFAR, LAYOUTS, Listing, canonical_name, read_cifar, read_listing
 from ffvt.data.partbirds import PRESETS as PARTBIRDS_PRESETS
 from ffvt.data.partbirds import PartBirds
 from ffvt.data.transforms import PLAIN, RECIPES, Recipe, augmented
+from ffvt.errors import require
+
+log = logging.getLogger("ffvt")
 
 
 class ImageSet(Protocol):
     """What the trainer needs of a split: uint8 images (3, R, R), R being `side`, their labels, the classes' names.
 
-    Optional: `paths`, the picture files; `relative_box(index)`, the object's box (left, top, right, bottom) as shares
-    of the picture's sides, or None.
+    Optional: `paths`, the image files; `unreadable`, the indices of those that are known not to be readable, with the
+    reasons; `left_out`, how many files in the folders are no images, by kind; `relative_box(index)`, the object's box
+    (left, top, right, bottom) as fractions of the square image's side, or None.
     """
 
     classes: Sequence[str]
@@ -38,42 +42,58 @@ class ImageSet(Protocol):
 
 
 class PictureFiles(Dataset):
-    """The pictures of a listing, decoded at each access, as uint8 (3, resize_size, resize_size)."""
+    """The images of a listing, decoded at each access, as uint8 (3, resize_size, resize_size).
 
-    def __init__(self, listing: Listing, resize_size: int) -> None:
+    orient, fit: as `load_image`.
+
+    Raises:
+        ValueError: fit is unknown, or images with boxes, which are those of the file as it is stored, are to be turned.
+    """
+
+    def __init__(self, listing: Listing, resize_size: int, orient: bool = False, fit: str = "stretch") -> None:
+        require(fit in FITS, "data", "fit", f"one of {', '.join(FITS)}", fit)
+        require(not (orient and listing.boxes is not None), "data", "orient", "False where there are boxes", orient)
         self.classes, self.labels, self.paths = listing.classes, listing.labels, listing.paths
-        self.boxes, self.side = listing.boxes, resize_size
+        self.boxes, self.left_out = listing.boxes, listing.left_out
+        self.side, self.orient, self.fit = resize_size, orient, fit
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return load_image(self.paths[index], self.side), self.labels[index]
+        return load_image(self.paths[index], self.side, self.orient, self.fit), self.labels[index]
 
     def relative_box(self, index: int) -> tuple[float, float, float, float] | None:
-        """The object's box as shares of the picture's width and height, where the set has one."""
+        """The object's box as fractions of the square image's side, where the set has one."""
         box = self.boxes[index] if self.boxes is not None else None
         if box is None:
             return None
-        with Image.open(self.paths[index]) as image:  # reads the header only
-            width, height = image.size
-        return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+        with open_image(self.paths[index]) as image:  # reads the header only
+            return place_in_square(box, image.size, self.fit)
 
 
 class CachedPictures(Dataset):
-    """Picture files read from a cache of decoded pixels (`cache.py`) instead of being decoded again."""
+    """Image files read from a cache of decoded pixels (`cache.py`) instead of being decoded again.
+
+    An image whose pixels in the cache are damaged is decoded from its file, after a warning.
+    """
 
     def __init__(self, files: PictureFiles, cache_dir: str | Path, workers: int = 0) -> None:
         self.files = files
         self.classes, self.labels, self.paths, self.side = files.classes, files.labels, files.paths, files.side
-        self.relative_box = files.relative_box
-        self.pixels = open_cached(files.paths, files.side, Path(cache_dir), workers)
+        self.relative_box, self.left_out = files.relative_box, files.left_out
+        self.pixels = open_cached(files.paths, files.side, Path(cache_dir), workers, files.orient, files.fit)
+        self.unreadable: Mapping[int, str] = self.pixels.unreadable
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.pixels[index], self.labels[index]
+        try:
+            return self.pixels[index], self.labels[index]
+        except DamagedCache as error:
+            log.warning("%s; the image is decoded anew", error)
+            return self.files[index]
 
 
 class ArrayImages(Dataset):
@@ -98,6 +118,9 @@ class ImageSubset(Dataset):
         self.classes, self.labels, self.side = images.classes, [images.labels[i] for i in indices], images.side
         if hasattr(images, "paths"):
             self.paths = [images.paths[i] for i in indices]
+        if hasattr(images, "unreadable"):
+            known = images.unreadable
+            self.unreadable = {new: known[old] for new, old in enumerate(indices) if old in known}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -158,13 +181,16 @@ def open_split(
     classes: Sequence[str] | None = None,
     cache_dir: str = "",
     workers: int = 0,
+    fit: str = "stretch",
+    image_root: str = "",
 ) -> ImageSet:
     """One split of a data set by name.
 
-    dataset: a name of `DATASETS`, or an alias. Pictures come from data_root, resized to squares of resize_size pixels;
-    with `cache_dir` they are decoded once, by `workers` threads, and then read from there. "partbirds" is made from
-    `preset` and `seed`, without files; it and CIFAR have a size of their own. `classes` gives the labels of an
-    "imagefolder" or "csv" (else the training split does).
+    dataset: a name of `DATASETS`, or an alias. Images come from data_root, resized to squares of resize_size pixels
+    (`fit`: stretch, crop or pad) after those of an "imagefolder" or "csv" are turned upright; with `cache_dir` they are
+    decoded once, by `workers` threads, and then read from there. "partbirds" is made from `preset` and `seed`, without
+    files; it and CIFAR have a size of their own. `classes` gives the labels of an "imagefolder" or "csv" (else the
+    training split does); `image_root` is the folder of the images that a "csv" lists (else data_root is).
 
     Raises:
         ValueError: an unknown name or split, sizes that do not fit, or files that do not make the data set.
@@ -176,7 +202,8 @@ def open_split(
         return ArrayImages(*read_cifar(name, split, data_root))
     if resize_size < image_size:
         raise ValueError(f"{name}: resize_size must be at least img_size={image_size}; got resize_size={resize_size}")
-    files = PictureFiles(read_listing(name, split, data_root, classes), resize_size)
+    listing = read_listing(name, split, data_root, classes, image_root)
+    files = PictureFiles(listing, resize_size, LAYOUTS[name].upright, fit)
     return CachedPictures(files, cache_dir, workers) if cache_dir else files
 
 

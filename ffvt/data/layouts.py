@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffvt.data import layout_readers as readers
-from ffvt.data.layout_readers import ListError, Listing
+from ffvt.data.layout_readers import ListError, Listing, shown
+from ffvt.data.own_readers import did_you_mean, read_csv, read_imagefolder
+from ffvt.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "canonical_name",
     "find_layout",
     "find_root",
+    "inspect_listing",
     "read_cifar",
     "read_listing",
 ]
@@ -37,7 +39,8 @@ class Layout:
 
     aliases: other spellings of its name. marker: a file or folder that every copy has. folders: names that its folder
     may have below data_root, which may also be the folder itself. counts: official numbers of pictures per split.
-    read: (folder, split, classes) -> Listing; None for CIFAR, which `read_cifar` reads.
+    read: (folder, split, classes) -> Listing; None for CIFAR, which `read_cifar` reads. upright: whether images are
+    turned as their EXIF orientation says; the authors do not for theirs.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Layout:
     counts: tuple[tuple[str, int], ...] = ()
     num_classes: int | None = None
     url: str = ""
+    upright: bool = False
 
 
 def _set(name: str, read, marker: str, aliases: str, folders: str, train: int, test: int, classes: int, url: str):
@@ -132,8 +136,8 @@ LAYOUTS = {
         ),
         _set("cifar10", None, "cifar-10-batches-py", "", "", 50000, 10000, 10, _CIFAR_URL),
         _set("cifar100", None, "cifar-100-python", "", "", 50000, 10000, 100, _CIFAR_URL),
-        Layout("imagefolder", readers.read_imagefolder, "", ("folder",)),
-        Layout("csv", readers.read_csv, ""),
+        Layout("imagefolder", read_imagefolder, "", ("folder",), upright=True),
+        Layout("csv", read_csv, "", upright=True),
     )
 }
 CIFAR = ("cifar10", "cifar100")
@@ -169,73 +173,96 @@ def find_root(layout: Layout, data_root: str | Path) -> Path:
     """
     root = Path(data_root)
     if not layout.marker:
+        if not root.is_dir():
+            raise ValueError(f"{layout.name}: data_root must be a folder; got data_root='{shown(root)}'")
         return root
     tried = [root, *(root / folder for folder in layout.folders)]
     for folder in tried:
         if (folder / layout.marker).exists():
             return folder
-    hint = ""
+    hint = did_you_mean(root, layout.marker)
     if layout.name == "CUB" and any(list(root.glob(f"{below}train_list.mat")) for below in ("", "*/", "*/*/")):
         hint = "; this looks like Stanford Dogs, which the authors' README calls CUB: use --dataset dog"
     places = ", ".join(str(folder) for folder in tried)
     raise ValueError(
-        f"{layout.name}: data_root must hold {layout.marker}, from {layout.url}; looked in {places}; "
-        f"got data_root={str(data_root)!r}{hint}"
+        f"{layout.name}: data_root must hold {layout.marker}, from {layout.url}; looked in {printable(places, 400)}; "
+        f"got data_root='{shown(root)}'{hint}"
     )
 
 
-def read_listing(dataset: str, split: str, data_root: str | Path, classes: Sequence[str] | None = None) -> Listing:
-    """The pictures, labels and boxes of one split, checked.
+def read_listing(
+    dataset: str, split: str, data_root: str | Path, classes: Sequence[str] | None = None, image_root: str | Path = ""
+) -> Listing:
+    """The images, labels and boxes of one split, checked.
 
     classes: the classes in label order, for "imagefolder" and "csv"; by default those of the training split.
+    image_root: the folder of the images that a "csv" lists, by default data_root.
 
     Raises:
         ValueError: the set is not there, or its lists are not right: they do not read or do not fit together, a file is
-        missing or lies outside of the set, a label is out of range, a class has no training pictures, a split is empty.
+        missing or lies outside of the set, a label is out of range, a class has no training images, a split is empty.
         ImportError: SciPy, which reads the lists of "dog" and "car", is not installed.
+    """
+    listing, problems = inspect_listing(dataset, split, data_root, classes, image_root)
+    if problems:
+        raise ValueError(problems[0])
+    return listing
+
+
+def inspect_listing(
+    dataset: str, split: str, data_root: str | Path, classes: Sequence[str] | None = None, image_root: str | Path = ""
+) -> tuple[Listing, list[str]]:
+    """The same as `read_listing`, with all that is wrong of it, worst first, where something is to be had at all.
+
+    Raises:
+        ValueError: the set is not there, or its lists do not read.
     """
     layout = find_layout(dataset)
     root = find_root(layout, data_root)
     if layout.counts and split not in ("train", "test"):
         raise ValueError(f"{layout.name}: split must be train or test; got split={split!r}")
+    if image_root and layout.name != "csv":
+        raise ValueError(f"{layout.name}: image_root is for csv alone; got image_root='{shown(image_root)}'")
+    more = {"image_root": Path(image_root)} if image_root else {}
     try:
-        listing = layout.read(root, split, classes)
-    except ListError:
+        listing = layout.read(root, split, classes, **more)
+    except (ListError, ImportError):
         raise
-    except (OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, csv.Error) as error:
-        raise ValueError(f"{layout.name}: the lists in {root} must be as published; got {error!r}") from error
-    _check(layout, root, split, listing)
-    return listing
+    except Exception as error:  # whatever a list makes of the code that reads it
+        reason = printable(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"{layout.name}: the lists in {shown(root)} must be as published; got {reason}") from error
+    return listing, [*listing.problems, *_problems(layout.name, listing.image_root or root, split, listing)]
 
 
-def _check(layout: Layout, root: Path, split: str, listing: Listing) -> None:
-    name = layout.name
-    if not listing.paths:
-        raise ValueError(f"{name}: {split} must have pictures; got none in {str(root)!r}")
+def _problems(name: str, root: Path, split: str, listing: Listing) -> Iterator[str]:
     boxes = len(listing.paths) if listing.boxes is None else len(listing.boxes)
+    if not listing.paths:
+        yield f"{name}: {split} must have images; got none in '{shown(root)}'"
     if not len(listing.paths) == len(listing.labels) == boxes:
-        raise ValueError(
-            f"{name}: the lists of {split} must be of one length; got {len(listing.paths)} pictures, "
+        yield (
+            f"{name}: the lists of {split} must be of one length; got {len(listing.paths)} images, "
             f"{len(listing.labels)} labels, {boxes} boxes"
         )
+    unnamed = [one for one in listing.classes if not isinstance(one, str)]
+    if unnamed:
+        yield f"{name}: a class must have a name; got {printable(repr(unnamed[0]))}"
     wrong = [label for label in listing.labels if not 0 <= label < len(listing.classes)]
     if wrong:
-        raise ValueError(
-            f"{name}: labels of {split} must be in 0..{len(listing.classes) - 1}; got {wrong[0]} ({len(wrong)} such)"
-        )
+        yield f"{name}: labels of {split} must be in 0..{len(listing.classes) - 1}; got {wrong[0]} ({len(wrong)} such)"
     top = os.path.abspath(root)
-    outside = [path for path in listing.paths if not os.path.abspath(path).startswith(top + os.sep)]
+    outside = [path for path in listing.paths if not os.path.abspath(path).startswith(os.path.join(top, ""))]
     if outside:
-        raise ValueError(f"{name}: pictures must lie in {top}; the list of {split} names {outside[0]}")
-    missing = [str(path) for path in listing.paths if not os.path.isfile(path)]
+        hint = "; image_root may name another folder" if name == "csv" else ""
+        yield f"{name}: images must lie in {shown(top)}; the list of {split} names {shown(outside[0])}{hint}"
+    missing = [path for path in listing.paths if not os.path.isfile(path)]
     if missing:
-        some = ", ".join(missing[:NAMED])
-        raise ValueError(f"{name}: every listed picture must be there; {len(missing)} of {split} are missing: {some}")
+        some = ", ".join(printable(str(path), 250) for path in missing[:NAMED])
+        yield f"{name}: every listed image must be there; {len(missing)} of {split} are missing: {some}"
     counts = Counter(listing.labels)
-    empty = [listing.classes[label] for label in range(len(listing.classes)) if not counts[label]]
+    empty = [one for label, one in enumerate(listing.classes) if not counts[label]]
     if split == "train" and empty:
-        some = ", ".join(repr(one) for one in empty[:NAMED])
-        raise ValueError(f"{name}: every class of train must have pictures; got none in {some} ({len(empty)} such)")
+        some = ", ".join(f"'{printable(str(one))}'" for one in empty[:NAMED])
+        yield f"{name}: every class of train must have images; got none in {some} ({len(empty)} such)"
 
 
 def read_cifar(name: str, split: str, data_root: str | Path) -> tuple[list[str], np.ndarray, list[int]]:

@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
     classifier = load(
         arguments.checkpoint, device="cpu", precision=arguments.precision, batch_size=arguments.batch_size
     )
-    same = ("split", "dataset", "data_root", "workers", "cache_dir", "skip_bad_images")
+    same = ("split", "dataset", "data_root", "image_root", "workers", "cache_dir", "skip_bad_images")
     with join_world(arguments.device) as world:
         evaluation = evaluate_checkpoint(classifier, world, **{name: getattr(arguments, name) for name in same})
         dataset = arguments.dataset or classifier.facts["options"]["dataset"]

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_for
+from ffvt.data.headers import check_headers, tell_left_out
 from ffvt.data.mixing import Mixing
 from ffvt.data.sampling import (
     BalancedSampler,
@@ -26,6 +27,8 @@ from ffvt.model.config import make_config
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.signals import ignore_sigterm
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,11 @@ class Data:
         return iter(loader)
 
 
-def open_data(options: TrainOptions) -> Data:
-    """The images that `options` name.
+def open_data(options: TrainOptions, world: World = ALONE) -> Data:
+    """The images that `options` name, after a look at every file on the main rank of `world` (`check_headers`).
 
     Raises:
-        ValueError: the data set, its files or the sizes do not fit.
+        ValueError: the data set, its files or the sizes do not fit, or images that are to be evaluated cannot be read.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     recipe = recipe_for(options.to_dict())
@@ -110,14 +113,16 @@ def open_data(options: TrainOptions) -> Data:
     def evaluation(images: ImageSet) -> EvaluationView:
         return EvaluationView(images, options.img_size, recipe, grid_size, options.skip_bad_images)
 
+    world.on_main(lambda: tell_left_out({"train": training, options.eval_split: evaluated}))
     validation = test = evaluation(evaluated)
-    validation_split = options.eval_split
+    validation_split, sets = options.eval_split, {options.eval_split: evaluated}
     if options.val_split:
         kept, off = split_off(training.labels, options.val_split, options.seed)
         validation, validation_split = evaluation(ImageSubset(training, off)), "val"
-        training = ImageSubset(training, kept)
+        training, sets["val"] = ImageSubset(training, kept), validation.images
     if options.balanced_sampling:
         class_counts(training.labels, training.classes, "balanced_sampling")  # before anything is made
+    world.on_main(lambda: check_headers(training, sets, options.skip_bad_images))
     train = TrainingView(training, options.img_size, options.seed, recipe)
     return Data(train, validation, test, validation_split)
 
@@ -132,4 +137,6 @@ def _open(options: TrainOptions, split: str) -> ImageSet:
         preset=options.preset,
         seed=options.seed,
         cache_dir=options.cache_dir,
+        fit=options.fit,
+        image_root=options.image_root,
     )

@@ -71,7 +71,7 @@ def train(options: TrainOptions) -> TrainResult:
     ):
         started, stopped = time.perf_counter(), None
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-        data = open_data(options)
+        data = open_data(options, world)
         options = options.in_steps(len(data.train), world.size)
         weights = data.class_weights(options, world.device)
         state = TrainState(options, world, len(data.classes))

@@ -74,6 +74,13 @@ class TrainOptions:
         DATA,
         within="[0, 1)",
     )
+    fit: str = option(
+        "stretch",
+        "how an image becomes a square; stretch is the authors' way",
+        DATA,
+        choices=("stretch", "crop", "pad"),
+    )
+    image_root: str = option("", "folder of the images that a csv lists, empty for data_root", DATA)
     preset: str = option("default", "PartBirds preset: easy, default or hard", DATA)
     cache_dir: str = option("", "folder in which decoded, resized images are kept, empty for no cache", DATA)
     workers: int = option(2, "processes that load images, per rank", DATA, at_least=0)

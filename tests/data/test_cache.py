@@ -26,7 +26,7 @@ def test_cached_pictures_are_the_decoded_ones_and_are_decoded_once(photographs, 
     plain = open_split("imagefolder", "train", 32, 48, str(photographs))
     images = cached(photographs, tmp_path / "cache", workers=2)
     assert all(torch.equal(images[i][0], plain[i][0]) and images[i][1] == plain[i][1] for i in range(15))
-    assert "decoding 15 pictures to 0.00 GB" in caplog.text  # 15 * 3 * 48**2 bytes
+    assert "decoding 15 images to 0.00 GB" in caplog.text  # 15 * 3 * 48**2 bytes
     monkeypatch.setattr(cache, "load_image", None)
     again = cached(photographs, tmp_path / "cache")
     assert torch.equal(again[3][0], plain[3][0])
@@ -60,14 +60,14 @@ def test_unreadable_pictures_are_remembered_and_told(photographs, tmp_path, capl
     spoil(photographs / "train" / "b" / "1.png")
     for _ in range(2):  # built, then opened
         images = cached(photographs, tmp_path / "cache")
-        with pytest.raises(ValueError, match=r"readable picture; got .*1\.png"):
+        with pytest.raises(ValueError, match=r"readable image; got .*1\.png"):
             images[6]
     assert caplog.text.count("1.png") == 1
     assert TrainingView(images, 32, seed=4)[0, 6].problem
 
 
-def test_an_entry_appears_whole_or_not_at_all(photographs, tmp_path, monkeypatch):
-    def fail(path, size):
+def test_an_entry_appears_whole_or_not_at_all(photographs, tmp_path, monkeypatch, caplog):
+    def fail(path, **_):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched:
@@ -82,8 +82,8 @@ def test_an_entry_appears_whole_or_not_at_all(photographs, tmp_path, monkeypatch
             cached(photographs, tmp_path / "cache")
     entry = tmp_path / "cache" / cached(photographs, tmp_path / "cache").pixels.file.parent.name
     (entry / cache.PIXELS_FILE).write_bytes(b"short")
-    with pytest.raises(ValueError, match="must have 103680 bytes; delete .*cache"):
-        cached(photographs, tmp_path / "cache")
+    assert len(cached(photographs, tmp_path / "cache").pixels.checksums) == 15
+    assert "must have 103680 bytes; got 5; it is built again" in caplog.text
 
 
 def _open_in_child(paths, folder, sums):
@@ -103,3 +103,24 @@ def test_processes_that_want_one_entry_build_it_once(photographs, tmp_path, capl
         process.join()
     entries = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(entries) == 1
+
+
+def test_damaged_pixels_are_noticed_where_they_are_first_read(photographs, tmp_path, caplog):
+    plain = open_split("imagefolder", "train", 32, 48, str(photographs))
+    path = cached(photographs, tmp_path / "cache").pixels.file
+    content = bytearray(path.read_bytes())
+    content[3 * 48**2 * 4 + 7] ^= 1  # of image 4
+    path.write_bytes(content)
+    images = cached(photographs, tmp_path / "cache")
+    with pytest.raises(cache.DamagedCache, match="is damaged at image 4; delete .* to have it built again"):
+        images.pixels[4]
+    assert all(torch.equal(images[i][0], plain[i][0]) for i in range(15))
+    assert caplog.text.count("the image is decoded anew") == 1
+
+
+def test_each_fit_and_orientation_is_another_entry(photographs):
+    paths = list(read_listing("imagefolder", "train", photographs).paths)
+    keys = {
+        cache_key(paths, 48, orient=orient, fit=fit) for orient in (True, False) for fit in ("stretch", "crop", "pad")
+    }
+    assert len(keys) == 6

@@ -1,9 +1,12 @@
 """Data sets by name: folders, classes, subsets."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ffvt.data.datasets import ImageSubset, open_split
+from ffvt.data.datasets import ImageSubset, PictureFiles, open_split
+from ffvt.data.layout_readers import Listing
 from ffvt.data.layouts import DATASETS
 from tests.data.layout_fixtures import folder_images
 
@@ -18,10 +21,10 @@ def test_folders_give_the_classes_of_training(photographs):
     (photographs / "test" / "d").mkdir()
     with pytest.raises(ValueError, match="got class 'd'"):
         folder_images(photographs, "test", 32)
-    with pytest.raises(ValueError, match="data_root must hold val/<class>/<picture>"):
+    with pytest.raises(ValueError, match="data_root must hold val/<class>/<image>"):
         folder_images(photographs, "val", 32)
     (photographs / "train" / "empty").mkdir()
-    with pytest.raises(ValueError, match="every class of train must have pictures; got none in 'empty'"):
+    with pytest.raises(ValueError, match="every class of train must have images; got none in 'empty'"):
         folder_images(photographs, "train", 32)
 
 
@@ -55,3 +58,11 @@ def test_a_subset_is_its_images(photographs):
     assert torch.equal(some[0][0], images[14][0])
     assert some.labels == [2, 0]
     assert some.paths == [images.paths[14], images.paths[3]]
+
+
+def test_images_with_boxes_are_never_turned():
+    listing = Listing(["a"], [Path("a.jpg")], [0], [(0, 0, 1, 1)])
+    with pytest.raises(ValueError, match="orient must be False where there are boxes"):
+        PictureFiles(listing, 32, orient=True)
+    with pytest.raises(ValueError, match="fit must be one of stretch, crop, pad; got fit='squash'"):
+        PictureFiles(listing, 32, fit="squash")

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 from ffvt.cli import main
-from ffvt.data import doctor
+from ffvt.data import doctor, threads
 from ffvt.data.doctor import examine, render
 from ffvt.data.layouts import LAYOUTS
 from tests.data import layout_fixtures as fixtures
@@ -37,8 +37,8 @@ def test_wrong_counts_are_told_beside_the_published_ones(tmp_path, capsys):
     assert main(["doctor", "--dataset", "CUB", "--data_root", str(root)]) == 1
     said = capsys.readouterr().out
     assert "NOT in order" in said
-    assert "train has 6 pictures; published are 5,994" in said
-    assert "test has 3 pictures; published are 5,794" in said
+    assert "train has 6 images; published are 5,994" in said
+    assert "test has 3 images; published are 5,794" in said
     assert "there are 3 classes; published are 200" in said
     assert "published at https://data.caltech.edu" in said
 
@@ -57,7 +57,7 @@ def test_unreadable_repeated_and_leaked_pictures_are_found(small_cub, capsys):
     assert [path for path, _ in found["unreadable"]] == [str(broken)]
     assert not found["problems"]
     text = render(examine("CUB", small_cub))
-    assert "the same picture in train and test: 1" in text
+    assert "the same image in train and another split: 1" in text
     assert "cannot be read: 1" in text
 
 
@@ -73,7 +73,7 @@ def test_a_repeated_picture_alone_is_in_order_but_one_in_two_classes_is_not(smal
     found = examine("CUB", small_cub)
     assert not found.ok
     assert found.conflicts == [(str(one), str(same_class), str(other_class))]
-    assert "the same picture in two classes of a split: 1" in render(found)
+    assert "the same image in two classes of a split: 1" in render(found)
 
 
 def test_every_test_picture_that_was_trained_on_is_a_leak(small_cub):
@@ -87,7 +87,7 @@ def test_every_test_picture_that_was_trained_on_is_a_leak(small_cub):
 
 
 def test_pictures_are_looked_at_in_order_in_portions(small_cub, monkeypatch):
-    monkeypatch.setattr(doctor, "AT_ONCE", 4)
+    monkeypatch.setattr(threads, "AT_ONCE", 4)
     broken = small_cub / "CUB_200_2011" / "images" / "003.Bird_2" / "Bird_0009.jpg"  # the last one
     broken.write_bytes(b"")
     found = examine("CUB", small_cub)
@@ -109,7 +109,7 @@ def test_lists_that_cannot_be_read_are_a_finding_not_a_crash(small_cub):
     (small_cub / "CUB_200_2011" / "images.txt").unlink()
     found = examine("CUB", small_cub)
     assert not found.ok
-    assert "must be as published" in found.problems[0]
+    assert "images.txt must be there" in found.problems[0]
     assert "data_root must hold" in examine("dog", small_cub).problems[0]
     with pytest.raises(ValueError, match="got dataset='partbirds', which is drawn from a seed"):
         examine("partbirds", small_cub)
@@ -119,7 +119,7 @@ def test_cifar_is_examined_by_its_sums(tmp_path, monkeypatch):
     root = fixtures.write_cifar(tmp_path, "cifar100", monkeypatch)
     found = examine("cifar100", root)
     assert found.counts == {"train": 6, "test": 3}
-    assert "train has 6 pictures; published are 50,000" in found.problems[0]
+    assert "train has 6 images; published are 50,000" in found.problems[0]
 
 
 def test_an_archive_is_unpacked_first(small_cub, tmp_path, capsys):
@@ -139,6 +139,33 @@ def test_broken_pictures_are_compared_too_and_files_that_do_not_open_are_not(sma
     found = examine("CUB", small_cub)
     assert len(found.unreadable) == 2
     assert found.leaks == [(str(images / "Bird_0001.jpg"), str(images / "Bird_0003.jpg"))]
-    digest, reason = doctor._look(tmp_path / "gone.jpg")  # after it was listed
-    assert digest == ""
-    assert "gone.jpg" in reason
+    look = doctor._look(tmp_path / "gone.jpg")  # after it was listed
+    assert look.digest == ""
+    assert "gone.jpg" in look.problem
+
+
+def test_a_users_own_images_are_described_in_one_run(photographs, capsys):
+    (photographs / "val").mkdir()
+    shutil.copytree(photographs / "test" / "a", photographs / "val" / "a")
+    (photographs / "train" / "a" / "phone.heic").touch()
+    (photographs / "test" / "d").mkdir()
+    (photographs / "train" / "c" / "0.png").write_bytes(b"no image")
+    found = examine("imagefolder", photographs)
+    assert found.counts == {"train": 15, "test": 4, "val": 2}
+    assert found.per_class["test"] == {"a": 2, "b": 0, "c": 2}
+    assert found.left_out == {"train": {".heic": 1, ".txt": 1}}
+    assert found.untested == ["b"]
+    assert found.sizes == {"width": (60, 70, 80), "height": (40, 40, 40)}
+    assert "got class 'd'" in found.problems[0]
+    assert len(found.unreadable) == 1
+    assert main(["doctor", "--dataset", "imagefolder", "--data_root", str(photographs), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["untested"] == ["b"]
+    assert "1 classes have no test images: 'b'" in render(found)
+    assert "pixels: width 60 to 80, median 70; height 40 to 40, median 40" in render(found)
+
+
+def test_a_list_with_its_images_elsewhere_is_examined(tmp_path):
+    root = fixtures.write_csv(tmp_path / "set")
+    (root / "pictures").rename(tmp_path / "pictures")
+    assert not examine("csv", root).ok
+    assert examine("csv", root, image_root=tmp_path).ok

@@ -65,7 +65,7 @@ def test_every_kind_of_picture_becomes_rgb_and_a_broken_one_is_named(tmp_path):
     Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
     Image.new("F", (4, 4)).save(tmp_path / "float.tif")
     for name in ("half.jpg", "text.jpg", "bomb.png", "float.tif"):
-        with pytest.raises(ValueError, match=f"path must be a readable picture; got '.*{name}'"):
+        with pytest.raises(ValueError, match=f"path must be a readable image; got '.*{name}'"):
             load_image(tmp_path / name, 8)
     with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
         load_image(tmp_path / "none.jpg", 8)
