@@ -116,7 +116,8 @@ def export_classifier(classifier: Classifier, path: str | Path, **options: Any) 
     """`export_model` of a trained classifier, with all that its images go through among the facts of the file.
 
     The facts: "classes" in the order of the logits; "resize_size", to whose square an image is resized, bilinear, as
-    "fit" says (`to_square`), before its middle `image_size` x `image_size` is taken; "mean" and "std" of the channels R, G, B, after a division by 255.
+    "fit" says (`to_square`), before its middle `image_size` x `image_size` is taken; "mean" and "std" of the channels
+    R, G, B, after a division by 255.
     """
     recipe = classifier.recipe
     facts = {
