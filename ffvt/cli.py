@@ -140,6 +140,7 @@ def _add_visualize_flags(command: argparse.ArgumentParser) -> None:
 
 def visualize(arguments: argparse.Namespace) -> None:
     from ffvt.inference import load
+    from ffvt.model.selection import without_registers
     from ffvt.report.page import png
     from ffvt.report.pictures import selection_grid
 
@@ -147,7 +148,8 @@ def visualize(arguments: argparse.Namespace) -> None:
     images, names, selection = classifier.select(arguments.images)
     config = classifier.model.config
     patch = config.image_size // config.grid_size
-    figure = selection_grid(list(images), selection.index, patch, [(name, None) for name in names])
+    index = without_registers(selection.index, config.num_prefix_tokens)
+    figure = selection_grid(list(images), index, patch, [(name, None) for name in names])
     Path(arguments.output).write_bytes(png(figure))
     print(arguments.output)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffvt.data.datasets import open_split, recipe_of
 from ffvt.data.images import load_image
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import evaluation_view, normalize
-from ffvt.model.ffvt import FFVT, Selection
+from ffvt.model.selection import Selection
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score, evaluate
@@ -28,7 +28,7 @@ class Classifier:
         facts: what the checkpoint says of its training: "options", "resize_size", "step", the score.
     """
 
-    def __init__(self, model: FFVT, facts: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, facts: dict[str, Any]) -> None:
         self.model, self.facts = model.eval(), facts
         self.classes: list[str] = facts["classes"]
         self.recipe = recipe_of(facts["options"]["dataset"])

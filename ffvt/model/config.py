@@ -86,7 +86,12 @@ class FFVTConfig:
     @property
     def num_tokens(self) -> int:
         """N: the class token and the patches."""
-        return 1 + self.grid_size**2
+        return self.num_prefix_tokens + self.grid_size**2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, tokens before the patches: the class token."""
+        return 1
 
 
 def _is_integer(value: Any) -> bool:

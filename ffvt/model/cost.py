@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
 from ffvt.model.config import FFVTConfig
 
 
@@ -71,6 +76,18 @@ def flops_per_image(config: FFVTConfig, training: bool = False, recomputation: b
         total += attention // 2
         total += (linear + attention + selection) * config.gradient_checkpointing
     return total
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, image_size: int) -> int:
+    """Operations of the forward of one image, as PyTorch's counter counts them, for a model without a formula.
+
+    Nothing is computed: the tensors have shapes only.
+    """
+    like = next(model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device=like.device))
+    return counter.get_total_flops()
 
 
 def num_parameters(config: FFVTConfig) -> int:

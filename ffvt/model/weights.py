@@ -83,7 +83,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
     model = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(getattr(model, "config", None), FFVTConfig):
         raise TypeError(f"load_weights: model must be an ffvt.FFVT or ffvt.ViT; got {type(model).__name__}")
-    entries, others = _as_tensors(_state_dict(source) if isinstance(source, Mapping) else _read(Path(source), model))
+    entries, others = read_tensors(model, source)
     use_last = last_block == "pretrained" or not model.config.feature_fusion
     try:
         for name, kind in others.items():
@@ -99,6 +99,11 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
         for target, value in placements:
             target.copy_(value)
     return report
+
+
+def read_tensors(model: nn.Module, source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The floating-point tensors of a source of `load_weights` by name, and of everything else in it its kind."""
+    return _as_tensors(_state_dict(source) if isinstance(source, Mapping) else _read(Path(source), model))
 
 
 def _read(path: Path, model: nn.Module) -> Mapping[str, Any]:

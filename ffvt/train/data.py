@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_of
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, TrainingView, batch_as_it_is, split_off
 from ffvt.data.transforms import Recipe
-from ffvt.model.config import make_config
+from ffvt.model.kinds import config_of
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.signals import ignore_sigterm
@@ -75,7 +75,7 @@ def open_data(options: TrainOptions) -> Data:
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     recipe = recipe_of(options.dataset)
-    grid_size = make_config(options.model_type, **options.model_fields(len(training.classes))).grid_size
+    grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:
         return EvaluationView(images, options.img_size, recipe, grid_size, options.skip_bad_images)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
@@ -37,7 +39,7 @@ def option(default: Any, help: str, group: str, *, authors: bool = False, kind: 
         group: the topic under which `--help` shows it.
         authors: whether it is a flag of the authors' code, whose name stays.
         kind: the type of the flag's value where the default is None.
-        limits: choices, at_least, above, or within (an interval such as "[0, 1)").
+        limits: choices, model (choices, or timm:NAME), at_least, above, or within (an interval such as "[0, 1)").
     """
     facts = {"help": help, "group": group, "authors": authors, "kind": kind or type(default), "limits": limits}
     return field(default=default, metadata=facts)
@@ -62,14 +64,22 @@ class TrainOptions:
     workers: int = option(2, "processes that load images, per rank", DATA, at_least=0)
     prefetch: int = option(2, "batches that each of them keeps ready", DATA, at_least=1)
 
-    model_type: str = option("ViT-B_16", "model size", MODEL, authors=True, choices=(*AUTHORS_NAMES, *PRESETS))
+    model_type: str = option(
+        "ViT-B_16",
+        f"model size: {', '.join((*AUTHORS_NAMES, *PRESETS))}; or timm:NAME, any ViT of timm",
+        MODEL,
+        authors=True,
+        model=(*AUTHORS_NAMES, *PRESETS),
+    )
     pretrained_dir: str = option("", "weight file to start from, empty for none", MODEL, authors=True)
     last_block: str = option(
         "random", "start of the fusion block and final norm when loading weights", MODEL, choices=LAST_BLOCKS
     )
     feature_fusion: bool = option(False, "train FFVT; without it, the plain ViT of the same size", MODEL, authors=True)
     num_token: int = option(12, "K, tokens picked by each block", MODEL, authors=True)
-    first_candidate: int = option(0, "tokens before this one are never picked; 1: the class token", MODEL)
+    first_candidate: int = option(
+        0, "tokens before this one are never picked; 1: the class token, and of timm's models all registers", MODEL
+    )
     dropout: float = option(0.1, "dropout rate", MODEL)
     embed_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     depth: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
@@ -184,6 +194,11 @@ def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
     """Whether a value keeps a limit of `option`, and what the limit says."""
     if kind == "choices":
         return value in limit, f"one of {', '.join(limit)}"
+    if kind == "model":  # timm knows its names; it is asked when the data is opened, not for --help
+        near = get_close_matches(value, limit, 1)
+        hint = f" (near: {near[0]})" if near else ""
+        is_timm = re.fullmatch(r"timm:\S+", value) is not None
+        return value in limit or is_timm, f"one of {', '.join(limit)}, timm:NAME{hint}"
     if kind == "at_least":
         return value >= limit, f"at least {limit}"
     if kind == "above":
