@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -69,9 +70,7 @@ class AttentionRecord:
 
     def _in_order(self) -> list[_BlockRecord]:
         if not self._blocks:
-            raise ValueError(
-                f"{NAME}: a forward must have run within the context, in its thread and not compiled; got none"
-            )
+            raise ValueError(f"{NAME}: a forward must have run within the context, in its thread; got none")
         return [self._blocks[number] for number in sorted(self._blocks)]
 
 
@@ -82,7 +81,8 @@ def record_attention(model: nn.Module) -> Iterator[AttentionRecord]:
     Nothing of N x N elements is made for it with fused attention, and what the model computes stays timm's own, bit for
     bit. The last forward is kept, so memory does not grow: two lines of N per head and block. Contexts can be nested;
     at the end, by an error too, the model is as before. Without gradients, under autocast and with activation
-    checkpointing it works the same.
+    checkpointing it works the same. A compiled model is recorded too, slower: every block breaks its graph, so
+    fullgraph=True fails while the context is open. Forwards in other threads are not recorded.
 
     Args:
         model: a timm VisionTransformer or Eva (ViT, DeiT, CLIP, DINOv2, DINOv3, EVA, Perception Encoder, ...) with a
@@ -90,15 +90,14 @@ def record_attention(model: nn.Module) -> Iterator[AttentionRecord]:
 
     Raises:
         TypeError: another model.
-        ValueError: no class token, or a compiled model; and in the forward: a mask, causality, dropout of attention
+        ValueError: no class token; and in the forward: a mask, causality, dropout of attention
             that is switched on, grouped heads, a block that does not attend exactly once. The forward then ends.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     vit = model.vit if isinstance(model, OfTimm) else model
     check_is_vit(NAME, "model", vit)
     if vit.cls_token is None:
         raise ValueError(f"{NAME}: model must have a class token; got {type(vit).__name__} with cls_token=None")
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-        raise ValueError(f"{NAME}: model must not be compiled, compile it after; got a compiled {type(vit).__name__}")
     record = AttentionRecord()
     recorder = _Recorder(record)
     with ExitStack() as stack:
@@ -117,11 +116,13 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, record: AttentionRecord) -> None:
         super().__init__()
         self.record = record
+        self.thread = threading.get_ident()
         self.block: int | None = None  # the one that runs
         self.found: list[_BlockRecord] = []  # its attentions
 
     def begin(self, number: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a backward that recomputes the block
+        recomputes = torch._C._current_graph_task_id() != -1  # in a backward
+        if recomputes or threading.get_ident() != self.thread:
             return
         if number == 0:
             self.record._blocks.clear()
@@ -132,9 +133,9 @@ class _Recorder(TorchFunctionMode):
         self._refuse(attn_drop=rate if block.training else 0.0)
 
     def end(self, block: nn.Module, args: tuple, output: Tensor | None) -> None:
-        number, self.block = self.block, None
-        if number is None:
+        if self.block is None or threading.get_ident() != self.thread:
             return
+        number, self.block = self.block, None
         if output is None:  # it raised
             self.record._blocks.clear()
         elif len(self.found) != 1:
