@@ -86,9 +86,10 @@ class OfTimm(nn.Module):
         ViT.save_pretrained(self, folder, state_dict)
 
     def _renew_config(self) -> None:
-        """After a change of the head."""
+        """After a change of the head; a model without one is no longer what a name makes."""
         if self.config is not None:
-            self.config = dataclasses.replace(self.config, num_classes=self.num_classes)
+            changed = dataclasses.replace(self.config, num_classes=self.num_classes) if self.num_classes else None
+            self.config = changed
 
 
 class TimmViT(OfTimm):

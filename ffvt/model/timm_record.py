@@ -120,6 +120,7 @@ class _Recorder(TorchFunctionMode):
         self.block: int | None = None  # the one that runs
         self.found: list[_BlockRecord] = []  # its attentions
 
+    @torch.compiler.disable(reason=NAME)
     def begin(self, number: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         recomputes = torch._C._current_graph_task_id() != -1  # in a backward
         if recomputes or threading.get_ident() != self.thread:
@@ -132,6 +133,7 @@ class _Recorder(TorchFunctionMode):
         self._refuse(attn_mask=given.get("attn_mask"), is_causal=given.get("is_causal"))
         self._refuse(attn_drop=rate if block.training else 0.0)
 
+    @torch.compiler.disable(reason=NAME)
     def end(self, block: nn.Module, args: tuple, output: Tensor | None) -> None:
         if self.block is None or threading.get_ident() != self.thread:
             return

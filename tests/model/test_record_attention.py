@@ -11,9 +11,17 @@ from torch.utils.checkpoint import checkpoint
 import ffvt
 from ffvt.kernels.reference import maws_score
 from tests.model.test_timm_builds import Logits, spread, unfused
-from tests.model.timm_builds import MADE, NAMED, SMALL, build, image_size, timm
-
-from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer  # isort: skip
+from tests.model.timm_builds import (
+    MADE,
+    NAMED,
+    SMALL,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    VisionTransformer,
+    build,
+    image_size,
+    timm,
+)
 
 RECORDED = {  # beside the builds that select
     "parallel scaling": lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock),

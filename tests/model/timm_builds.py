@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 
 timm = pytest.importorskip("timm")
-from timm.models.eva import Eva  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+import timm.optim  # noqa: E402
+from timm.layers import Attention, AttentionRope  # noqa: E402
+from timm.models.eva import Eva, EvaAttention  # noqa: E402
+from timm.models.vision_transformer import (  # noqa: E402
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    VisionTransformer,
+)
+
+# What the tests take of timm comes through here, where its absence skips them.
+__all__ = ["Attention", "ParallelScalingBlock", "ParallelThingsBlock", "VisionTransformer", "timm"]
 
 NARROW = dict(embed_dim=48, depth=3, num_heads=3, num_classes=5)
 SMALL = dict(img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=4, num_classes=7)
@@ -51,6 +60,24 @@ MADE = {  # by class: switches that no name above has
     "average pooled": lambda: VisionTransformer(**SMALL, global_pool="avg"),
     "rope, gated": lambda: gated_rope(Eva(**SMALL, use_rot_pos_emb=True, num_reg_tokens=2, ref_feat_shape=(4, 4))),
 }
+BUILDS = {  # by class, one per part of the adapter
+    "plain": lambda: VisionTransformer(**SMALL),
+    "layer scale, registers": lambda: VisionTransformer(**SMALL, init_values=0.1, reg_tokens=3, no_embed_class=True),
+    "q/k norm": lambda: VisionTransformer(**SMALL, qk_norm=True),
+    "average pooled": lambda: VisionTransformer(**SMALL, global_pool="avg"),
+    "dynamic size": lambda: VisionTransformer(**SMALL, dynamic_img_size=True),
+    "rope": lambda: Eva(**SMALL, use_rot_pos_emb=True, ref_feat_shape=(4, 4)),
+    "rope, registers, swiglu": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, num_reg_tokens=2, swiglu_mlp=True, qkv_fused=False, use_abs_pos_emb=False
+    ),
+    "mixed rope, registers": lambda: Eva(
+        **SMALL, rope_type="mixed", use_rot_pos_emb=True, num_reg_tokens=2, attn_type="rope", ref_feat_shape=(4, 4)
+    ),
+    "rope in halves, registers": lambda: Eva(
+        **SMALL, rope_type="dinov3", use_rot_pos_emb=True, num_reg_tokens=2, attn_type="rope", rope_rotate_half=True
+    ),
+    "grouped heads": lambda: with_grouped_heads(Eva(**SMALL, use_rot_pos_emb=True, num_reg_tokens=2)),
+}
 NO_CLASS_TOKEN = "cls_token must be a class token; got cls_token=None"
 NOT_ONE_ATTENTION = "every block must have one attention named attn; got a"
 REFUSED = {  # name: the reason
@@ -71,18 +98,22 @@ REFUSED = {  # name: the reason
 }
 
 
+def with_grouped_heads(vit):
+    """Attentions with two keys and values for four queries, which timm repeats before the attention."""
+    for block in vit.blocks:
+        prefix = block.attn.num_prefix_tokens
+        block.attn = AttentionRope(64, 4, num_kv_heads=2, qkv_fused=False, num_prefix_tokens=prefix)
+    return vit
+
+
 def gated(vit):
     """Attentions whose output passes a gate."""
-    from timm.layers import Attention
-
     for block in vit.blocks:
         block.attn = Attention(64, 4, qkv_bias=True, gated=True)
     return vit
 
 
 def gated_rope(vit):
-    from timm.models.eva import EvaAttention
-
     for block in vit.blocks:
         block.attn = EvaAttention(64, 4, num_prefix_tokens=3, scale_norm=False, gated=True)
     return vit
