@@ -170,6 +170,7 @@ def test_without_gradients_it_works_the_same(vit, images, context):
     assert len(stats) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wrapped", "in place"])
 def test_a_compiled_model_is_recorded(vit, images, kind):
     torch.compiler.reset()

@@ -94,6 +94,7 @@ def test_the_classifier_can_be_reset(model):
     assert model.num_classes == model.config.num_classes == model.get_classifier().out_features == 9
     model.reset_classifier(0)
     assert model(images).shape == (2, 48)
+    assert model.config is None
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,9 @@ def test_features_and_head_make_the_logits(model):
 
 
 def test_feature_fusion_without_a_class_in_the_head_gives_its_features():
-    model, images = fused(), torch.randn(1, 3, 56, 56)
-    assert torch.equal(
-        model.forward_head(model.forward_features(images), pre_logits=True), model.forward_features(images)
-    )
+    model = fused()
+    features = model.forward_features(torch.randn(1, 3, 56, 56))
+    assert torch.equal(model.forward_head(features, pre_logits=True), features)
 
 
 def gradients(model, images):

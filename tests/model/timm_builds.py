@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 timm = pytest.importorskip("timm")
-import timm.optim  # noqa: E402
+pytest.importorskip("timm.optim")
 from timm.layers import Attention, AttentionRope  # noqa: E402
 from timm.models.eva import Eva, EvaAttention  # noqa: E402
 from timm.models.vision_transformer import (  # noqa: E402
