@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ffvt.kernels.ops import gather_tokens, maws_attention, maws_attention_qkvpacked, maws_select
     from ffvt.model.config import FFVTConfig
     from ffvt.model.ffvt import FFVT, ViT, create_model
-    from ffvt.model.kinds import load_pretrained
     from ffvt.model.layers import MAWSAttention
+    from ffvt.model.registry import load_pretrained
     from ffvt.model.selection import Selection
     from ffvt.model.timm_adapter import add_feature_fusion
     from ffvt.model.timm_record import record_attention
@@ -55,7 +55,7 @@ _HOMES = {  # module: the names that are defined there; a module that is public 
     "ffvt.kernels.ops": ("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),
     "ffvt.model.config": ("FFVTConfig",),
     "ffvt.model.ffvt": ("FFVT", "ViT", "create_model"),
-    "ffvt.model.kinds": ("load_pretrained",),
+    "ffvt.model.registry": ("load_pretrained",),
     "ffvt.model.layers": ("MAWSAttention",),
     "ffvt.model.selection": ("Selection",),
     "ffvt.model.timm_adapter": ("add_feature_fusion",),

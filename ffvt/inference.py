@@ -15,6 +15,7 @@ from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import evaluation_view, normalize
 from ffvt.model.selection import Selection
 from ffvt.train.checkpoint import load_checkpoint
+from ffvt.train.data import recipe_for_model
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score, evaluate
 
@@ -31,7 +32,7 @@ class Classifier:
     def __init__(self, model: nn.Module, facts: dict[str, Any]) -> None:
         self.model, self.facts = model.eval(), facts
         self.classes: list[str] = facts["classes"]
-        self.recipe = recipe_of(facts["options"]["dataset"])
+        self.recipe = recipe_for_model(recipe_of(facts["options"]["dataset"]), facts["options"]["model_type"])
 
     def transform(self, path: str | Path) -> Tensor:
         """An image file as the model sees it, before normalisation: uint8 (3, S, S).

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffvt.model.config import FFVTConfig
@@ -85,7 +86,8 @@ def count_flops(model: nn.Module, image_size: int) -> int:
     Nothing is computed: the tensors have shapes only.
     """
     like = next(model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know a CPU's fused attention
+    with FakeTensorMode(allow_non_fake_inputs=True), plain, FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device=like.device))
     return counter.get_total_flops()
 

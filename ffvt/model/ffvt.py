@@ -212,7 +212,7 @@ def create_model(
 
     Source: FFVT (arXiv 2107.02341).
     """
-    from ffvt.model.kinds import config_of, model_of  # which knows this module
+    from ffvt.model.registry import config_of, model_of  # which knows this module
 
     sizes = {"image_size": image_size, "num_classes": num_classes, "num_select": num_select}
     return model_of(config_of(name, **sizes, feature_fusion=feature_fusion, **overrides))

@@ -166,7 +166,7 @@ def check_name(name: str) -> None:
 
 
 def timm_config(name: str, **given: Any) -> TimmConfig:
-    """The configuration of timm's model `name`, as `ffvt.model.kinds.make_any_config` makes those of ours.
+    """The configuration of timm's model `name`, as `ffvt.model.config.make_config` makes those of ours.
 
     A first_candidate of 1 or more leaves out all tokens that are no patch (class token, distillation token,
     registers), whatever their number; 0 leaves out none, as the authors.

@@ -44,7 +44,9 @@ def load_timm_weights(model: OfTimm, source: str | Path | Mapping[str, Any], las
     report.ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
     place, wrong = {}, []
     for name, value in found.items():
-        if name not in own:
+        if name not in own and name.startswith("blocks."):
+            wrong.append(f"{name}: the model has no such parameter")
+        elif name not in own:
             report.ignored[name] = "the model has no such parameter"
         elif name.startswith(at_random):
             report.ignored[name] = "the fusion block starts at random"

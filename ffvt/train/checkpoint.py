@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ffvt.files import file_digest, new_folder, point, remove, set_aside
 from ffvt.model.ffvt import CONFIG_FILE, WEIGHTS_FILE
-from ffvt.model.kinds import load_pretrained
+from ffvt.model.registry import load_pretrained
 
 log = logging.getLogger("ffvt")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_of
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, TrainingView, batch_as_it_is, split_off
 from ffvt.data.transforms import Recipe
-from ffvt.model.kinds import config_of
+from ffvt.model.registry import config_of, image_statistics
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.signals import ignore_sigterm
@@ -74,7 +74,7 @@ def open_data(options: TrainOptions) -> Data:
         ValueError: the data set, its files or the sizes do not fit.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
-    recipe = recipe_of(options.dataset)
+    recipe = recipe_for_model(recipe_of(options.dataset), options.model_type)
     grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:
@@ -88,6 +88,11 @@ def open_data(options: TrainOptions) -> Data:
         training = ImageSubset(training, kept)
     train = TrainingView(training, options.img_size, options.seed, recipe)
     return Data(train, validation, test, validation_split)
+
+
+def recipe_for_model(recipe: Recipe, model_type: str) -> Recipe:
+    """The recipe, normalising as the weights of a timm model ask for."""
+    return replace(recipe, **dict(zip(("mean", "std"), image_statistics(model_type))))
 
 
 def _open(options: TrainOptions, split: str) -> ImageSet:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ffvt.data.datasets import describe
-from ffvt.model.kinds import training_flops
+from ffvt.model.registry import training_flops
 from ffvt.train.data import Data
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score

@@ -14,7 +14,7 @@ import torch
 from ffvt.errors import require
 from ffvt.model.config import FFVTConfig, make_config
 from ffvt.model.cost import flops_per_image, num_parameters
-from ffvt.model.kinds import is_timm
+from ffvt.model.registry import is_timm
 from ffvt.precision import dtype_of
 from ffvt.train.memory import Memory, training_memory
 from ffvt.train.options import TrainOptions

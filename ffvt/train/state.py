@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ffvt.errors import require
-from ffvt.model.kinds import config_of, load_any_weights, model_of
+from ffvt.model.registry import config_of, load_any_weights, model_of
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
 from ffvt.train.generators import generator_states, seed_everything, set_generators

@@ -65,6 +65,8 @@ def load_any_weights(
 def load_pretrained(folder: str | Path) -> nn.Module:
     """The model that `save_pretrained` wrote, of either kind, on the CPU: as config.json says. Never uses the network.
 
+    A model of timm comes in evaluation mode.
+
     Returns:
         An `FFVT` or `ViT`; or a fused or plain timm ViT, where config.json has "timm".
 
@@ -99,7 +101,7 @@ def _load_timm(folder: Path, fields: dict[str, Any]) -> nn.Module:
         raise ValueError(f"load_pretrained: {weights} must hold the weights of {config.timm}; it differs in {shown}")
     model = make_timm_model(config)
     model.load_state_dict(load_file(weights))
-    return model
+    return model.eval()
 
 
 def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
@@ -133,15 +135,15 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def image_statistics(model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation per channel of the images that a timm model's weights were trained on, in [0, 1]; None for a
-    model of ours, which goes by its data set's.
+def image_statistics(model_type: str) -> tuple[tuple[float, ...], ...]:
+    """Mean and deviation per channel of the images that a timm model's weights were trained on, in [0, 1]; nothing, (),
+    for a model of ours, which goes by its data set's.
 
     Raises:
         ValueError: timm knows no such model. ImportError: timm is missing.
     """
     if not is_timm(model_type):
-        return None
+        return ()
     from ffvt.model.timm_models import check_name
 
     name = model_type.removeprefix("timm:")
