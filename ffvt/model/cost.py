@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,14 +80,13 @@ def flops_per_image(config: FFVTConfig, training: bool = False, recomputation: b
 
 @torch.no_grad()
 def count_flops(model: nn.Module, image_size: int) -> int:
-    """Operations of the forward of one image, as PyTorch's counter counts them, for a model without a formula.
+    """Operations of the forward of one image, as PyTorch's counter counts them: for a model without a formula.
 
-    Nothing is computed: the tensors have shapes only.
+    model: on the meta device, so that nothing is computed.
     """
-    like = next(model.parameters())
     plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know a CPU's fused attention
-    with FakeTensorMode(allow_non_fake_inputs=True), plain, FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device=like.device))
+    with plain, FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops()
 
 

@@ -162,5 +162,7 @@ def training_flops(model: nn.Module) -> float:
     """
     config = model.config
     if not isinstance(config, FFVTConfig):
-        return 3 * count_flops(model, config.image_size)
+        from ffvt.model.timm_models import outline
+
+        return 3 * count_flops(outline(config), config.image_size)
     return float("nan") if config.backbone else flops_per_image(config, training=True)

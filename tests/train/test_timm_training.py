@@ -99,9 +99,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, fusion):
 
 
 def test_without_feature_fusion_it_is_timms_own_model(tmp_path):
-    result = train(
-        options(tmp_path, model_type="timm:deit_tiny_distilled_patch16_224", feature_fusion=False, dropout=0.1)
-    )
+    name = "deit_tiny_distilled_patch16_224"
+    result = train(options(tmp_path, model_type=f"timm:{name}", feature_fusion=False, dropout=0.1))
     assert result.last.selection is None
     model = load_checkpoint(result.folder / "last").model
     sizes = dict(img_size=64, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2, num_classes=model.config.num_classes)
@@ -124,7 +123,7 @@ def test_without_feature_fusion_it_is_timms_own_model(tmp_path):
 def test_every_parameter_is_trained(name, fusion):
     """A rank that waits for a gradient that never comes would hang."""
     model = build_model(options("unused", model_type=f"timm:{name}", feature_fusion=fusion), 5)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -139,8 +138,8 @@ def test_checkpointing_in_training_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_it_with_and_without_shards(tmp_path):
-    for name, shard in (("ddp", False), ("fsdp", True)):
-        done = launch(OWN | dict(name=name, output_dir="runs", train_batch_size=4, fsdp=shard, workers=0), tmp_path)
+    for name, shard in (("ddp", {}), ("fsdp", {"fsdp": True})):
+        done = launch(OWN | dict(name=name, output_dir="runs", train_batch_size=4, **shard), tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
     alone = train(options(tmp_path / "runs", "alone"))
     for name in ("ddp", "fsdp"):
