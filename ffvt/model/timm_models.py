@@ -85,7 +85,7 @@ class TimmConfig:
 def outline(config: TimmConfig) -> OfTimm:
     """The model of a configuration without memory for its weights (on the meta device), for its shapes."""
     with torch.device("meta"):
-        return make_timm_model(config)
+        return make_timm_model(config).requires_grad_(False)
 
 
 def make_timm_model(config: TimmConfig) -> OfTimm:
@@ -99,9 +99,9 @@ def make_timm_model(config: TimmConfig) -> OfTimm:
         ImportError: timm is missing.
     """
     vit = _make_vit(config)
-    rows, columns = vit.patch_embed.grid_size
-    whole = rows == columns and config.image_size % rows == 0
-    require(whole, "timm", "image_size", f"a multiple of the patch of {config.timm}", config.image_size)
+    (rows, columns), patch = vit.patch_embed.grid_size, vit.patch_embed.feat_ratio()
+    whole = rows == columns and rows * patch == config.image_size
+    require(whole, "timm", "image_size", f"a multiple of the patch of {config.timm}, {patch}", config.image_size)
     if not config.feature_fusion:
         model: OfTimm = TimmViT(vit)
     else:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ffvt.errors import printable
 from ffvt.model.config import LAST_BLOCKS, FFVTConfig
 from ffvt.model.weight_names import Piece, is_part_of_model, translate
 
@@ -114,7 +115,7 @@ def _read(path: Path, model: nn.Module) -> Mapping[str, Any]:
     try:
         return _read_by_content(path, model)
     except Exception as error:  # every reader has errors of its own: one kind goes out, with the cause in it
-        reason = str(error).partition("\n")[0]
+        reason = printable(str(error).partition("\n")[0])
         raise ValueError(f"load_weights: source must be a readable weight file; got {str(path)!r}: {reason}") from error
 
 
