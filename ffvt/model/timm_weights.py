@@ -42,6 +42,23 @@ def load_timm_weights(model: OfTimm, source: str | Path | Mapping[str, Any], las
     at_random = () if is_ours or last_block == "pretrained" else _fusion_names(model)
     report = LoadReport("ours of a timm model" if is_ours else "timm")
     report.ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
+    place = _place(found, own, at_random, report)
+    with torch.no_grad():
+        for name, value in place.items():
+            own[name].copy_(value)
+    report.loaded, report.left = list(place), [name for name in own if name not in place]
+    report.resized = [name for name in place if name in entries and entries[name].shape != place[name].shape]
+    return report
+
+
+def _place(
+    found: Mapping[str, Tensor], own: Mapping[str, Tensor], at_random: tuple[str, ...], report: LoadReport
+) -> dict[str, Tensor]:
+    """Those of `found` that go into the model's `own`; the report gets the others, each with its reason.
+
+    Raises:
+        ValueError: it is of another model: other blocks, other shapes, or nothing that the model has.
+    """
     place, wrong = {}, []
     for name, value in found.items():
         if name not in own and name.startswith("blocks."):
@@ -57,14 +74,9 @@ def load_timm_weights(model: OfTimm, source: str | Path | Mapping[str, Any], las
         else:
             wrong.append(f"{name}: {tuple(value.shape)}, the model has {tuple(own[name].shape)}")
     if wrong or not place:
-        must = f"hold weights of the model's {type(model.vit).__name__}"
-        raise ValueError(f"{NAME}: source must {must}; got {printable('; '.join(wrong) or 'none of its names')}")
-    with torch.no_grad():
-        for name, value in place.items():
-            own[name].copy_(value)
-    report.loaded, report.left = list(place), [name for name in own if name not in place]
-    report.resized = [name for name in place if name in entries and entries[name].shape != place[name].shape]
-    return report
+        got = printable("; ".join(wrong) or "none of its names")
+        raise ValueError(f"{NAME}: source must hold weights of the model's architecture; got {got}")
+    return place
 
 
 def _translate(model: OfTimm, entries: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
