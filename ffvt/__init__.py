@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from ffvt.model.config import FFVTConfig
     from ffvt.model.ffvt import FFVT, ViT, create_model
     from ffvt.model.layers import MAWSAttention
+    from ffvt.model.registry import load_pretrained
     from ffvt.model.selection import Selection
+    from ffvt.model.timm_record import record_attention
     from ffvt.model.weights import LoadReport, load_weights
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "gather_tokens",
     "info",
     "load",
+    "load_pretrained",
     "load_weights",
     "maws_attention",
     "maws_attention_qkvpacked",
     "maws_select",
+    "record_attention",
     "reference",
     "use_backend",
 ]
@@ -62,8 +66,10 @@ _HOMES = {  # module: the names that are defined there; a module that is public 
     "ffvt.kernels.ops": ("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),
     "ffvt.model.config": ("FFVTConfig",),
     "ffvt.model.ffvt": ("FFVT", "ViT", "create_model"),
+    "ffvt.model.registry": ("load_pretrained",),
     "ffvt.model.layers": ("MAWSAttention",),
     "ffvt.model.selection": ("Selection",),
+    "ffvt.model.timm_record": ("record_attention",),
     "ffvt.model.weights": ("LoadReport", "load_weights"),
 }
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffvt.data.datasets import recipe_for
 from ffvt.data.images import UNREADABLE, read_image, to_rgb, to_square, upright
 from ffvt.data.transforms import evaluation_view, normalize
 from ffvt.errors import require
-from ffvt.model.ffvt import FFVT
+from ffvt.model.registry import image_statistics
+from ffvt.model.selection import without_registers
 from ffvt.precision import PRECISIONS, autocast
 from ffvt.train.checkpoint import find_checkpoint, load_checkpoint
 
@@ -62,12 +63,12 @@ class Classifier:
         precision, batch_size: what `load` was given.
     """
 
-    def __init__(self, model: FFVT, facts: dict[str, Any], precision: str = "fp32", batch_size: int = 16) -> None:
+    def __init__(self, model: nn.Module, facts: dict[str, Any], precision: str = "fp32", batch_size: int = 16) -> None:
         require(precision in PRECISIONS, "load", "precision", f"one of {', '.join(PRECISIONS)}", precision)
         require(batch_size >= 1, "load", "batch_size", "at least 1", batch_size)
         self.model, self.facts, self.precision, self.batch_size = model.eval(), facts, precision, batch_size
         self.classes: list[str] = facts["classes"]
-        self.recipe = recipe_for(facts["options"])
+        self.recipe = recipe_for(facts["options"], *image_statistics(facts["options"]["model_type"]))
         self.fit: str = facts["options"].get("fit", "stretch")
 
     @property
@@ -204,7 +205,9 @@ class Classifier:
         images = normalize(views.to(self.device), self.recipe)
         with autocast(self.device, self.precision):
             logits, picked = self.model.forward_with_selection(images) if selection else (self.model(images), None)
-        index = [None] * len(views) if picked is None else picked.index.cpu()
+        index: list[Tensor | None] | Tensor = [None] * len(views)
+        if picked is not None:
+            index = without_registers(picked.index, self.model.config.num_prefix_tokens).cpu()
         return list(zip(logits.float().softmax(-1).cpu(), index))
 
 

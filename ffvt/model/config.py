@@ -110,7 +110,12 @@ class FFVTConfig:
     @property
     def num_tokens(self) -> int:
         """N: the class token and the patches."""
-        return 1 + self.grid_size**2
+        return self.num_prefix_tokens + self.grid_size**2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, tokens before the patches: the class token."""
+        return 1
 
 
 def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int, **more: Any) -> dict[str, Any]:

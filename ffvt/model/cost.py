@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from ffvt.model.config import FFVTConfig
 
 
@@ -71,6 +76,18 @@ def flops_per_image(config: FFVTConfig, training: bool = False, recomputation: b
         total += attention // 2
         total += (linear + attention + selection) * config.gradient_checkpointing
     return total
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, image_size: int) -> int:
+    """Operations of the forward of one image, as PyTorch's counter counts them: for a model without a formula.
+
+    model: on the meta device, so that nothing is computed.
+    """
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know a CPU's fused attention
+    with plain, FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops()
 
 
 def num_parameters(config: FFVTConfig) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ffvt.errors import printable, require
-from ffvt.model.config import FFVTConfig, make_config, replace_fields
+from ffvt.model.config import FFVTConfig, replace_fields
 from ffvt.model.config_files import read_config, write_config
 from ffvt.model.hub import WEIGHTS_FILE, locate, push
 from ffvt.model.layers import LAYER_NORM_EPS, MLP, Block, ClassBlock, PatchEmbed, PrunedSelectingBlock, SelectingBlock
@@ -86,6 +86,11 @@ class ViT(nn.Module):
             ValueError: always, a plain ViT picks nothing.
         """
         raise ValueError("FFVT: forward_with_selection needs feature_fusion=True; got feature_fusion=False")
+
+    @property
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The blocks, first to last."""
+        return list(self.blocks)
 
     @property
     def recomputes(self) -> bool:
@@ -205,6 +210,19 @@ class FFVT(SelectingModel, ViT):
     """
 
     feature_fusion: ClassVar[bool] = True
+    num_prefix_tokens: ClassVar[int] = 1
+
+    @property
+    def num_selecting(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def first_candidate(self) -> int:
+        return self.config.first_candidate
+
+    @property
+    def transformer_blocks(self) -> list[nn.Module]:
+        return [*self.blocks, self.last_block]
 
     def _make_blocks(self, config: FFVTConfig) -> None:
         selecting, last = (PrunedSelectingBlock, ClassBlock) if config.prune_dead_rows else (SelectingBlock, Block)
@@ -243,18 +261,20 @@ def create_model(
 
     Args:
         name: vit_s16, vit_s14, vit_b16, vit_b32, vit_l16, vit_l32, vit_h14, r50_vit_b16, or the authors' name of one
-            ("ViT-B_16").
+            ("ViT-B_16"); or "timm:NAME" for a ViT of timm, without its pretrained weights.
         image_size: S, side of the square images, pixels.
         num_classes: classes of the head.
         num_select: K, tokens picked by each of the first L-1 blocks.
         feature_fusion: whether to select and fuse tokens.
-        overrides: any other field of `FFVTConfig`.
+        overrides: any other field of `FFVTConfig`; for timm's, of `ffvt.model.timm_models.TimmConfig`.
 
     Raises:
         ValueError: an unknown name or field, or a value that does not hold.
-        ImportError: the hybrid without timm.
+        ImportError: the hybrid, or timm's models, without timm.
 
     Source: FFVT (arXiv 2107.02341).
     """
+    from ffvt.model.registry import config_of, model_of  # which knows this module
+
     sizes = {"image_size": image_size, "num_classes": num_classes, "num_select": num_select}
-    return from_config(make_config(name, **sizes, feature_fusion=feature_fusion, **overrides))
+    return model_of(config_of(name, **sizes, feature_fusion=feature_fusion, **overrides))

@@ -26,10 +26,26 @@ class Selection(NamedTuple):
         return cls(torch.stack(index, dim=1), torch.stack(score, dim=1))
 
 
+def without_registers(index: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Picks counted as where the class token alone stands before the patches: 0 for it and for every other token that
+    is no patch, 1 for the first patch."""
+    return (index - (num_prefix_tokens - 1)).clamp(min=0)
+
+
 class SelectingModel(nn.Module):
-    """A model that selects tokens: a subclass writes `forward_features_with_selection` and has a `head`."""
+    """A model that selects tokens: a subclass writes `forward_features_with_selection` and has the attributes.
+
+    Attributes:
+        head: features (B, C) -> logits.
+        num_selecting: blocks that pick tokens.
+        first_candidate: tokens [0, first_candidate) are never picked.
+        num_prefix_tokens: P, tokens before the patches, the class token first.
+    """
 
     head: nn.Module
+    num_selecting: int
+    first_candidate: int
+    num_prefix_tokens: int
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.forward_features_with_selection(images)[0])

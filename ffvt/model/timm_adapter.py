@@ -20,10 +20,11 @@ from ffvt.errors import as_integer, require
 from ffvt.kernels.ops import gather_tokens
 from ffvt.model.selection import SelectingModel, Selection
 from ffvt.model.timm_attention import NAME, Fusing, Selecting, SelectionRequest, check_attention, give_role
+from ffvt.model.timm_base import OfTimm, check_is_vit
 
 
-class FeatureFusion(SelectingModel):
-    """A timm ViT turned into an FFVT by `add_feature_fusion`; its methods are those of `ffvt.FFVT`.
+class FeatureFusion(SelectingModel, OfTimm):
+    """A timm ViT turned into an FFVT by `add_feature_fusion`; its methods are those of `ffvt.FFVT`, and timm's hooks.
 
     The ViT is `vit`; its own methods (`vit.forward_features`, `vit.forward_intermediates`) keep working.
     """
@@ -33,14 +34,40 @@ class FeatureFusion(SelectingModel):
         self.vit = vit
         self.num_select = num_select
         self.first_candidate = first_candidate
-        like = vit.cls_token
-        self.head = nn.Linear(vit.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.reset_classifier(num_classes)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether each block is recomputed in the backward instead of keeping its activations."""
-        self.vit.set_grad_checkpointing(enable)
+    @property
+    def num_selecting(self) -> int:
+        return len(self.vit.blocks) - 1
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.vit.num_prefix_tokens
+
+    def get_classifier(self) -> nn.Module:
+        """The head, on the class token."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a zero-initialised one; with 0 classes, by none.
+
+        Raises:
+            ValueError: another pooling than "token", the class token's.
+        """
+        name = "reset_classifier"
+        require(global_pool in (None, "token"), name, "global_pool", "'token', as the head sees it", global_pool)
+        num_classes, like = as_integer(name, "num_classes", num_classes), self.vit.cls_token
+        require(num_classes >= 0, name, "num_classes", "at least 0", num_classes)
+        self.head, self.num_classes = nn.Identity(), num_classes
+        if num_classes:
+            self.head = nn.Linear(self.vit.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        self._renew_config()
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` gives, (B, C) -> logits (B, num_classes); the features themselves with pre_logits."""
+        return features if pre_logits else self.head(features)
 
     def forward_features_with_selection(self, images: Tensor) -> tuple[Tensor, Selection]:
         *blocks, last_block = self.vit.blocks
@@ -136,13 +163,7 @@ def add_feature_fusion(
 
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
-    try:
-        from timm.models.eva import Eva
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError as error:
-        raise ImportError(f"{NAME} needs timm: pip install 'ffvt[timm]'") from error
-    if not isinstance(timm_vit, (VisionTransformer, Eva)):
-        raise TypeError(f"{NAME}: timm_vit must be a timm VisionTransformer or Eva; got {type(timm_vit).__name__}")
+    check_is_vit(NAME, "timm_vit", timm_vit)
     num_select = as_integer(NAME, "num_select", num_select)
     num_classes = as_integer(NAME, "num_classes", num_classes)
     first_candidate = as_integer(NAME, "first_candidate", first_candidate)

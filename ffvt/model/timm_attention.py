@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from ffvt.kernels.ops import maws_attention
 
 NAME = "add_feature_fusion"
-_thread = threading.local()  # .request: what the block that runs in this thread has to pick, if it is asked to
+# .request: what the block that runs in this thread has to pick, if it is asked to; .observers: who else looks on
+_thread = threading.local()
 
 
 class SelectionRequest:
@@ -52,6 +54,20 @@ class SelectionRequest:
         return self.answers[0]
 
 
+@contextmanager
+def observed_selections(observe: Callable[[Tensor, Tensor, float | None], None]) -> Iterator[None]:
+    """Within this context, in this thread, attention that selects tells `observe` its query, key (B, H, N, D), scale.
+
+    It is served by our operator, so nobody else can see a call of scaled_dot_product_attention.
+    """
+    outer = getattr(_thread, "observers", ())
+    _thread.observers = (*outer, observe)
+    try:
+        yield
+    finally:
+        _thread.observers = outer
+
+
 class _SDPA(TorchFunctionMode):
     """Within this context, scaled_dot_product_attention is `attend`."""
 
@@ -63,39 +79,40 @@ class _SDPA(TorchFunctionMode):
         return (self.attend if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
-def _attend_and_select(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def given_options(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> dict[str, bool]:
+    """Which arguments of scaled_dot_product_attention, after q, k and v, make it another attention than ours."""
+    return {
+        "attn_mask": attn_mask is not None,
+        "dropout_p": bool(dropout_p),
+        "is_causal": bool(is_causal),
+        "enable_gqa": bool(enable_gqa),
+    }
+
+
+def _attend_and_select(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """scaled_dot_product_attention by `maws_attention`: (B, H, N, D) each.
 
     Without a request (timm's own forward, or a recomputation in the backward) one pick is made and dropped, so that a
     recomputation meets the operator of its forward.
     """
     request = getattr(_thread, "request", None)
-    given = {
-        "attn_mask": attn_mask is not None,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "enable_gqa": enable_gqa,
-    }
-    refused = [name for name, is_given in given.items() if is_given]
+    refused = [name for name, is_given in given_options(*args, **kwargs).items() if is_given]
     if refused and request is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     if refused:
         raise NotImplementedError(
             f"{NAME}: scaled_dot_product_attention must be called without mask, dropout, causality and grouped heads; "
             f"got {', '.join(refused)}"
         )
-    request = request or SelectionRequest(1, 0)
+    request, scale = request or SelectionRequest(1, 0), kwargs.get("scale")
+    for observe in getattr(_thread, "observers", ()):
+        observe(query, key, scale)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out, index, score = maws_attention(q, k, v, request.num_select, scale, request.first_candidate)

@@ -113,10 +113,15 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
     return report
 
 
+def read_tensors(model: nn.Module, source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The floating-point tensors of a source of `load_weights` by name, and of everything else in it its kind."""
+    return _as_tensors(state_dict(source) if isinstance(source, Mapping) else _read(source, model))
+
+
 def _read(source: str | Path, model: nn.Module) -> Mapping[str, Any]:
     place = locate("load_weights", source)
     path = existing_file("load_weights", place)
-    if place.is_dir():
+    if place.is_dir() and isinstance(model.config, FFVTConfig):
         check_foreign_config("load_weights", place, model.config)
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     return read_weights("load_weights", path, max(1 << 30, MAX_EXPANSION * own))

@@ -1,6 +1,6 @@
 """Checkpoints: folders `step-<number>` that hold a model and all that is needed to resume exactly from it.
 
-    model.safetensors, config.json   the model as it is evaluated; what `FFVT.from_pretrained` reads
+    model.safetensors, config.json   the model as it is evaluated; what `load_pretrained` reads
     training.json                    facts for people and tools: classes, options, step, score
     state.safetensors, state.json    optimiser, schedule, scaler, random generators, position in the data: for resuming
     SHA256SUMS                       of all of these (`sha256sum --check SHA256SUMS` works)
@@ -22,11 +22,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffvt.files import file_digest, new_folder, point, remove, set_aside
-from ffvt.model.ffvt import FFVT
 from ffvt.model.hub import CONFIG_FILE, WEIGHTS_FILE
+from ffvt.model.registry import load_pretrained
 
 log = logging.getLogger("ffvt")
 
@@ -41,7 +41,7 @@ SAVE_ERRORS = (OSError, SafetensorError)  # what a full disk raises
 class Checkpoint:
     """A model and its facts: "classes", "resize_size", "options", "step", and the score: "top1", "top5", "loss", ..."""
 
-    model: FFVT
+    model: nn.Module
     facts: dict[str, Any]
 
 
@@ -192,7 +192,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     verify_checkpoint(folder)
     facts = json.loads((folder / FACTS_FILE).read_text())
-    model = FFVT.from_pretrained(folder)
+    model = load_pretrained(folder)
     if len(facts["classes"]) != model.config.num_classes:
         classes = len(facts["classes"])
         raise ValueError(f"checkpoint: {folder} names {classes} classes, its model has {model.config.num_classes}")

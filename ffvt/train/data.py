@@ -23,7 +23,7 @@ from ffvt.data.sampling import (
     split_off,
 )
 from ffvt.data.transforms import Recipe
-from ffvt.model.config import make_config
+from ffvt.model.registry import config_of, image_statistics
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.signals import ignore_sigterm
@@ -107,8 +107,8 @@ def open_data(options: TrainOptions, world: World = ALONE) -> Data:
         ValueError: the data set, its files or the sizes do not fit, or images that are to be evaluated cannot be read.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
-    recipe = recipe_for(options.to_dict())
-    grid_size = make_config(options.model_type, **options.model_fields(len(training.classes))).grid_size
+    recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type))
+    grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:
         return EvaluationView(images, options.img_size, recipe, grid_size, options.skip_bad_images)

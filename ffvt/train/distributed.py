@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from ffvt.model.layers import Block
-
 T = TypeVar("T")
 
 
@@ -38,7 +36,7 @@ class World:
         A sharded model is changed in place (FSDP2): each block is gathered when it runs.
         """
         if shard:
-            for block in (module for module in model.modules() if isinstance(module, Block)):
+            for block in model.transformer_blocks:
                 fully_shard(block)
             fully_shard(model)
             for method in ("forward_with_selection", "forward_features", "forward_features_with_selection"):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ffvt.data.sampling import EvaluationView
-from ffvt.model.ffvt import FFVT
 from ffvt.precision import dtype_of
 from ffvt.train.data import Data, open_data
 from ffvt.train.distributed import join_world
@@ -136,7 +136,7 @@ def _evaluate(state: TrainState, data: Data, lines: LogLines) -> bool:
     return is_best
 
 
-def _score(state: TrainState, model: FFVT, view: EvaluationView) -> Score:
+def _score(state: TrainState, model: nn.Module, view: EvaluationView) -> Score:
     options = state.options
     return evaluate(model, view, state.world, options.eval_batch_size, options.autocast_precision, options.workers)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import normalize
-from ffvt.model.ffvt import FFVT
+from ffvt.model.selection import SelectingModel
 from ffvt.precision import autocast
 from ffvt.train.distributed import World
 from ffvt.train.signals import ignore_sigterm
@@ -90,8 +90,8 @@ def evaluate(
     if len(view) == 0:
         raise ValueError("evaluate: the data set must have images; got 0")
     shard = Subset(view, range(world.rank, len(view), world.size))
-    layers = _num_selecting(model)
-    sums = _Sums(len(view.images.classes), layers, model.config.first_candidate if layers else 0, world.device)
+    layers, first = (model.num_selecting, model.first_candidate) if isinstance(model, SelectingModel) else (0, 0)
+    sums = _Sums(len(view.images.classes), layers, first, world.device)
     was_training = model.training
     model.eval()
     own = torch.Generator()  # the loader must not draw from the generator that makes training's dropout masks
@@ -101,6 +101,8 @@ def evaluate(
         batches += 1
         with autocast(world.device, precision):
             logits, index = _run(model, normalize(images.to(world.device), view.recipe))
+        if layers:  # the view knows no token before the patches but the class token
+            on_object = F.pad(on_object, (model.num_prefix_tokens - 1, 0))
         boxes = [boxed.to(world.device) for boxed in (has_box, on_object)]
         sums.add(logits.float(), labels.to(world.device), index, *boxes)
         if each is not None:
@@ -114,16 +116,11 @@ def evaluate(
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits, and the picks (B, L-1, K) of an FFVT."""
-    if not _num_selecting(model):
+    """Logits, and the picks (B, L-1, K) of a model that selects."""
+    if not isinstance(model, SelectingModel):
         return model(images), None
     logits, selection = model.forward_with_selection(images)
     return logits, selection.index
-
-
-def _num_selecting(model: nn.Module) -> int:
-    """How many layers pick tokens."""
-    return model.config.depth - 1 if isinstance(model, FFVT) and model.config.feature_fusion else 0
 
 
 def hit_rates(index: Tensor, on_object: Tensor) -> Tensor:

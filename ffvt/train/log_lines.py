@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from ffvt.data.datasets import describe
-from ffvt.model.cost import flops_per_image
+from ffvt.model.registry import training_flops
 from ffvt.train.announcement import advice, announcement
 from ffvt.train.data import Data
 from ffvt.train.distributed import World
@@ -46,8 +45,7 @@ class LogLines:
 
     def __init__(self, to: RunLog, state: TrainState, data: Data, peak_flops: float) -> None:
         self.log, self.state, self.data = to, state, data
-        config = state.model.config
-        self.flops_per_image = math.nan if config.backbone else flops_per_image(config, training=True)
+        self.flops_per_image = training_flops(state.model)
         self.peak_flops = peak_flops * state.world.size
         self.warned: set[str] = set()
 

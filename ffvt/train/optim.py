@@ -34,11 +34,12 @@ def make_optimizer(
 
 def _groups(model: nn.Module, rate: float, decay: float, vectors_decay: float, layer_decay: float) -> list[dict]:
     """Parameter groups by learning rate and weight decay, in the order in which their parameters first appear."""
-    depth = len(getattr(model, "blocks", ())) + hasattr(model, "last_block")
+    depth = len(getattr(model, "transformer_blocks", ()))
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # timm's
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         lr = rate * layer_decay ** (depth + 1 - _layer(name, depth))
-        own_decay = decay if parameter.ndim >= 2 else vectors_decay
+        own_decay = decay if parameter.ndim >= 2 and name not in exempt else vectors_decay
         group = groups.setdefault((lr, own_decay), {"params": [], "lr": lr, "weight_decay": own_decay})
         group["params"].append(parameter)
     return list(groups.values())
@@ -46,12 +47,13 @@ def _groups(model: nn.Module, rate: float, decay: float, vectors_decay: float, l
 
 def _layer(name: str, depth: int) -> int:
     """0 for the embeddings, 1 to depth for the blocks, depth + 1 for norm and head."""
+    name = name.removeprefix("vit.")  # of timm
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
     if name.startswith("last_block."):
         return depth
-    return depth + 1 if name.startswith(("norm.", "head.")) else 0
+    return depth + 1 if name.startswith(("norm.", "fc_norm.", "head", "attn_pool.")) else 0
 
 
 def make_scheduler(

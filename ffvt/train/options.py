@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
@@ -53,7 +55,7 @@ def option(
         authors: whether it is a flag of the authors' code, whose name stays.
         kind: the type of the flag's value where the default is None or empty.
         count: how many values the flag takes, where that is not one: the field is a tuple, () for the default.
-        limits: choices, at_least, above, or within (an interval such as "[0, 1)").
+        limits: choices, model (choices, or timm:NAME), at_least, above, or within (an interval such as "[0, 1)").
     """
     facts = {"help": help, "group": group, "authors": authors, "kind": kind or type(default)}
     facts |= {"count": count, "limits": limits}
@@ -129,7 +131,13 @@ class TrainOptions:
     )
     balanced_sampling: bool = option(False, "train on images of every class equally often", AUGMENTATION)
 
-    model_type: str = option("ViT-B_16", "model size", MODEL, authors=True, choices=(*AUTHORS_NAMES, *PRESETS))
+    model_type: str = option(
+        "ViT-B_16",
+        f"model size: {', '.join((*AUTHORS_NAMES, *PRESETS))}; or timm:NAME, any ViT of timm",
+        MODEL,
+        authors=True,
+        model=(*AUTHORS_NAMES, *PRESETS),
+    )
     pretrained_dir: str = option(
         "",
         "weights to start from: a file, a folder with model.safetensors, timm:NAME, or hf:ORG/NAME of the Hugging Face "
@@ -142,7 +150,9 @@ class TrainOptions:
     )
     feature_fusion: bool = option(False, "train FFVT; without it, the plain ViT of the same size", MODEL, authors=True)
     num_token: int = option(12, "K, tokens picked by each block", MODEL, authors=True)
-    first_candidate: int = option(0, "tokens before this one are never picked; 1: the class token", MODEL)
+    first_candidate: int = option(
+        0, "tokens before this one are never picked; 1: the class token, and of timm's models all registers", MODEL
+    )
     dropout: float = option(0.1, "dropout rate", MODEL)
     embed_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     depth: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
@@ -307,7 +317,12 @@ def _are_numbers(value: Any, count: int) -> bool:
 def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
     """Whether a value keeps a limit of `option`, and what the limit says."""
     if kind == "choices":
-        return value in limit, f"one of {', '.join(filter(None, limit))}"
+        return value in limit, f"one of {', '.join(limit)}"
+    if kind == "model":  # timm knows its names; it is asked when the data is opened, not for --help
+        near = get_close_matches(value, limit, 1)
+        hint = f" (near: {near[0]})" if near else ""
+        is_timm = re.fullmatch(r"timm:\S+", value) is not None
+        return value in limit or is_timm, f"one of {', '.join(limit)}, timm:NAME{hint}"
     if kind == "at_least":
         return value >= limit, f"at least {limit}"
     if kind == "above":

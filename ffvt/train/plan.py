@@ -14,6 +14,7 @@ import torch
 from ffvt.errors import require
 from ffvt.model.config import FFVTConfig, make_config
 from ffvt.model.cost import flops_per_image, num_parameters
+from ffvt.model.registry import is_timm
 from ffvt.precision import dtype_of
 from ffvt.train.memory import Memory, training_memory
 from ffvt.train.options import TrainOptions
@@ -157,6 +158,8 @@ def describe_plan(
         must = "given for a GPU that is not here (its dense peak in this precision; bf16: A100 312, H100 SXM 989)"
         require(tflops is not None, "plan", "tflops", must, tflops)
     require(tflops is None or 0 < tflops < math.inf, "plan", "tflops", "positive", tflops)
+    must = "one of ours: memory and speed of timm's models are not predicted"
+    require(not is_timm(options.model_type), "plan", "model_type", must, options.model_type)
     fields = options.model_fields(num_classes)
     plain = make_config(options.model_type, **{**fields, "feature_fusion": False})
     is_counted = plain.backbone is None

@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ffvt.errors import require
-from ffvt.model.ffvt import FFVT, create_model
-from ffvt.model.weights import load_weights
+from ffvt.model.registry import config_of, load_any_weights, model_of
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
 from ffvt.train.generators import generator_states, seed_everything, set_generators
@@ -67,7 +66,7 @@ class TrainState:
         seed_everything(options.seed + world.rank)  # the weights are the same on every rank, the dropout masks are not
 
     @property
-    def evaluated(self) -> FFVT:
+    def evaluated(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
 
     def _make_scheduler(self, done: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
@@ -169,11 +168,11 @@ class Meter:
         return loss / steps, correct / images, norm / steps
 
 
-def build_model(options: TrainOptions, num_classes: int) -> FFVT:
+def build_model(options: TrainOptions, num_classes: int) -> nn.Module:
     """The model that `options` describe, with its starting weights."""
-    model = create_model(options.model_type, **options.model_fields(num_classes))
+    model = model_of(config_of(options.model_type, **options.model_fields(num_classes)))
     if options.pretrained_dir:
-        log.info("%s", load_weights(model, options.pretrained_dir, last_block=options.last_block))
+        log.info("%s", load_any_weights(model, options.pretrained_dir, last_block=options.last_block))
     return model
 
 
