@@ -317,7 +317,7 @@ def _are_numbers(value: Any, count: int) -> bool:
 def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
     """Whether a value keeps a limit of `option`, and what the limit says."""
     if kind == "choices":
-        return value in limit, f"one of {', '.join(limit)}"
+        return value in limit, f"one of {', '.join(filter(None, limit))}"
     if kind == "model":  # timm knows its names; it is asked when the data is opened, not for --help
         near = get_close_matches(value, limit, 1)
         hint = f" (near: {near[0]})" if near else ""

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 import ffvt
 from ffvt.cli import main
 from ffvt.data.datasets import recipe_of
-from ffvt.inference import evaluate_checkpoint, load
+from ffvt.inference import load
 from ffvt.model.registry import image_statistics, load_any_weights, training_flops
+from ffvt.scoring import evaluate_checkpoint
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.data import open_data
 from ffvt.train.distributed import World
@@ -58,7 +59,7 @@ def test_its_checkpoint_gives_the_same_model_and_the_same_score(trained):
     assert config["timm"] == REGISTERS.removeprefix("timm:")
     assert config["first_candidate"] == 5
     assert type(checkpoint.model).__name__ == "FeatureFusion"
-    score = evaluate_checkpoint(load(trained.folder / "last"), ALONE, batch_size=50)
+    score = evaluate_checkpoint(load(trained.folder / "last", batch_size=50), ALONE).score
     assert score.per_class == trained.last.per_class
     assert score.selection == trained.last.selection
 
