@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ffvt.precision import PRECISIONS
 from ffvt.train.options import DEVICES, add_training_flags, read_options
@@ -134,21 +133,24 @@ def predict(arguments: argparse.Namespace) -> None:
 
 def _add_visualize_flags(command: argparse.ArgumentParser) -> None:
     _add_checkpoint_flag(command)
-    command.add_argument("--output", default="selection.png", help="PNG to write (default: selection.png)")
+    command.add_argument(
+        "--output", default="selection.png", help="picture to write, in the format of its name (default: selection.png)"
+    )
     command.add_argument("images", nargs="+", metavar="IMAGE")
 
 
 def visualize(arguments: argparse.Namespace) -> None:
     from ffvt.inference import load
-    from ffvt.report.page import png
+    from ffvt.report.output import figure_format, write_figure
     from ffvt.report.pictures import selection_grid
 
+    figure_format(arguments.output, "visualize")
     classifier = load(arguments.checkpoint)
     images, names, selection = classifier.select(arguments.images)
     config = classifier.model.config
     patch = config.image_size // config.grid_size
     figure = selection_grid(list(images), selection.index, patch, [(name, None) for name in names])
-    Path(arguments.output).write_bytes(png(figure))
+    write_figure(figure, arguments.output, "visualize")
     print(arguments.output)
 
 
@@ -157,7 +159,11 @@ def _add_checkpoint_flag(command: argparse.ArgumentParser) -> None:
 
 
 def _add_plot_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", default="comparison.png", help="PNG to write (default: comparison.png)")
+    command.add_argument(
+        "--output",
+        default="comparison.png",
+        help="picture to write, in the format of its name (default: comparison.png)",
+    )
     command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
 
 

@@ -81,12 +81,19 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_file(target: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all; an older `target` stays until then."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all; an older one stays until then, also where the disk is full.
+
+    Raises:
+        OSError: it cannot be written, or `path` is there and no regular file (a folder, a device).
+    """
+    path = Path(os.path.realpath(path))  # a link stays, and leads to the new file
+    if path.exists() and not path.is_file():
+        raise OSError(f"write_whole: path must be a regular file or new; got path={str(path)!r}")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         fresh.write_bytes(content)
         sync(fresh)
-        fresh.replace(target)
+        fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ffvt.files import write_file
-from ffvt.report.page import png
+from ffvt.report.output import figure_format, write_figure
 from ffvt.report.pictures import QUIET
 from ffvt.report.runs import Run, number_in, read_runs
 
@@ -231,16 +229,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the figure to `arguments.output`, prints the table of `arguments.runs` and the figure's path; 0.
 
     Raises:
-        ValueError: `output` is no PNG, or a run cannot be drawn.
+        ValueError: `output` is no picture, or a run cannot be drawn.
         FileNotFoundError: a log or the folder of `output` is missing.
     """
-    output = Path(arguments.output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"plot: output must end in .png; got output={str(output)!r}")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"plot: the folder of output must exist; got output={str(output)!r}")
+    figure_format(arguments.output, "plot")
     runs = read_runs(arguments.runs)
-    write_file(output, png(comparison_figure(runs)))
+    write_figure(comparison_figure(runs), arguments.output, "plot")
     print(summary_table(runs))
     print(arguments.output)
     return 0
