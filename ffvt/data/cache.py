@@ -43,7 +43,7 @@ class CachedPixels:
         facts = json.loads((entry / FACTS_FILE).read_text())
         self.shape = (facts["count"], 3, facts["size"], facts["size"])
         self.unreadable = {int(index): reason for index, reason in facts["unreadable"].items()}
-        self.file = entry / PIXELS_FILE
+        self.key, self.file = entry.name, entry / PIXELS_FILE
         if self.file.stat().st_size != int(np.prod(self.shape)):
             raise ValueError(f"cache: {self.file} must have {int(np.prod(self.shape))} bytes; delete {entry}")
         self._mapped: np.memmap | None = None

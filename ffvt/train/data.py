@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,6 +13,7 @@ from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_of
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, TrainingView, batch_as_it_is, split_off
 from ffvt.data.transforms import Recipe
 from ffvt.model.config import make_config
+from ffvt.train.data_record import Record, record_of
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.signals import ignore_sigterm
@@ -26,17 +28,24 @@ class Data:
         validation: what the best model is chosen on.
         test: what the end is reported on; the same as `validation` where nothing is split off.
         validation_split: the name of validation's split.
+        splits: the data set's own splits by name, before any part is split off.
     """
 
     train: TrainingView
     validation: EvaluationView
     test: EvaluationView
     validation_split: str
+    splits: dict[str, ImageSet]
 
     @property
     def classes(self) -> list[str]:
         """The classes' names, in the order of the labels."""
         return list(self.train.images.classes)
+
+    @cached_property
+    def record(self) -> Record:
+        """What a checkpoint keeps of the data set, to see later whether it is still the same."""
+        return record_of(self.splits)
 
     @property
     def resize_size(self) -> int:
@@ -74,6 +83,7 @@ def open_data(options: TrainOptions) -> Data:
         ValueError: the data set, its files or the sizes do not fit.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
+    splits = {"train": training, options.eval_split: evaluated}
     recipe = recipe_of(options.dataset)
     grid_size = make_config(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
@@ -87,7 +97,7 @@ def open_data(options: TrainOptions) -> Data:
         validation, validation_split = evaluation(ImageSubset(training, off)), "val"
         training = ImageSubset(training, kept)
     train = TrainingView(training, options.img_size, options.seed, recipe)
-    return Data(train, validation, test, validation_split)
+    return Data(train, validation, test, validation_split, splits)
 
 
 def _open(options: TrainOptions, split: str) -> ImageSet:

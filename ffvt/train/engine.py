@@ -72,7 +72,7 @@ def train(options: TrainOptions) -> TrainResult:
         started, stopped = time.perf_counter(), None
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
         data = open_data(options)
-        state = TrainState(options, world, len(data.classes))
+        state = TrainState(options, world, len(data.classes), is_resumed=run.is_resumed)
         peak_flops = measure_matmul_flops(world.device, dtype_of(options.autocast_precision))
         run.start(state, data, facts_of(options, world, data, peak_flops))
         lines = LogLines(run.log, state, data, peak_flops)
@@ -95,7 +95,7 @@ def train(options: TrainOptions) -> TrainResult:
             is_best = is_due and not step.stop and _evaluate(state, data, lines)
             is_end = step.stop or state.step == options.num_steps
             if is_best or is_end or state.step % options.save_every == 0:
-                run.save(state, data, is_best, must=step.stop)
+                run.save(state, data, is_best, must=is_end)
             if is_due:
                 throughput.restart()
             if step.stop:

@@ -23,6 +23,7 @@ DECAYS = ("cosine", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and --precision decide
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
+LONGEST_NAME = 150  # letters; a file's name has 255 bytes, and copies and locks of a run have longer ones
 
 DATA, MODEL, OPTIMISER, SCHEDULE = "data", "model", "optimiser", "schedule"
 SPEED, CHECKPOINTS, EVALUATION, RUN = "precision and speed", "checkpoints", "evaluation", "run"
@@ -120,6 +121,11 @@ class TrainOptions:
         "resume from a checkpoint or from the newest intact one of a run's folder; auto: of this run's, if any",
         CHECKPOINTS,
     )
+    strict: bool = option(
+        False,
+        "refuse to resume with other data, or with other options that change the result, instead of warning",
+        CHECKPOINTS,
+    )
     overwrite: bool = option(False, "replace an earlier run of this name instead of keeping it", CHECKPOINTS)
 
     eval_every: int = option(
@@ -140,6 +146,8 @@ class TrainOptions:
         canonical_name(self.dataset)
         for declared in fields(self):
             self._check_limits(declared)
+        fits = self.name.isprintable() and len(self.name) <= LONGEST_NAME
+        self._require(fits, "name", f"at most {LONGEST_NAME} letters without control characters")
         place, parts = PurePath(self.name), self.gradient_accumulation_steps
         is_below = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
         self._require(is_below, "name", "the name of a folder below output_dir")

@@ -8,10 +8,11 @@ import torch
 
 from ffvt.train.checkpoint import checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
 from ffvt.train.engine import train
+from ffvt.train.options import TrainOptions
 from tests import faults
 from tests.helpers import tiny_model
 
-FACTS = {"classes": list("abcde"), "resize_size": 64, "options": {}}
+FACTS = {"classes": list("abcde"), "resize_size": 64, "options": TrainOptions().to_dict()}
 
 
 def save(run, step, is_best=False, facts=FACTS, **state):
