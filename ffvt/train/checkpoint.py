@@ -257,11 +257,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     verify_checkpoint(folder)
     facts = read_facts(folder / FACTS_FILE)
     read_json(folder / CONFIG_FILE, anything)
+    weights = described_file(folder / WEIGHTS_FILE)
+    if not weights:
+        raise ValueError(f"checkpoint: {folder / WEIGHTS_FILE} must hold a model; got no tensors")
     model = FFVT.from_pretrained(folder)
     if len(facts["classes"]) != model.config.num_classes:
         classes = len(facts["classes"])
         raise ValueError(f"checkpoint: {folder} names {classes} classes, its model has {model.config.num_classes}")
-    weights = described_file(folder / WEIGHTS_FILE)
     check_same(WEIGHTS_FILE, f"checkpoint: {folder}: the model", described(model.state_dict()), weights)
     return Checkpoint(model, facts, folder)
 
