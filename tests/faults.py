@@ -201,7 +201,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def full_disk(folder: Path) -> bool:
-    """Trains where one checkpoint fits and a second does not: it goes on to its end and fails there; the first loads."""
+    """Trains where one checkpoint fits and a second does not: it goes on and fails at its end; the first loads."""
     run_in_child(options(folder, "measured"))
     size = sum(path.stat().st_size for path in (folder / "measured" / "last").iterdir())
     with small_disk(folder, int(1.6 * size)) as place:

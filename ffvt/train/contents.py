@@ -12,7 +12,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ffvt.errors import printable
-from ffvt.train.kinds import Kind, Unfit, anything, array, flag, integer, number, optional, read_json, record, row, text
+from ffvt.train.kinds import (
+    Kind,
+    Unfit,
+    anything,
+    array,
+    flag,
+    integer,
+    number,
+    only,
+    optional,
+    read_json,
+    record,
+    row,
+    text,
+)
 from ffvt.train.options import TrainOptions
 
 LARGEST_SIDE = 8192  # pixels to which an image is resized, which takes 200 MB
@@ -61,7 +75,7 @@ FACTS = record(
 
 _WORD = integer(0, 2**32 - 1)
 _PYTHON_GENERATOR = row(integer(3, 3), row(*[_WORD] * 624, integer(0, 624)), optional(number()))
-_NUMPY_GENERATOR = row(text(10), array(_WORD, 624, 624), integer(0, 624), integer(0, 1), number())
+_NUMPY_GENERATOR = row(only("MT19937"), array(_WORD, 624, 624), integer(0, 624), integer(0, 1), number())
 _SCALER = {
     "scale": number(1e-300, 1e300),
     "growth_factor": number(1, 1e6),

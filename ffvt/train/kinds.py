@@ -55,6 +55,16 @@ def text(longest: int = 1000) -> Kind:
     return check
 
 
+def only(expected: str) -> Kind:
+    """One text."""
+
+    def check(key: str, value: Any) -> None:
+        if value != expected:
+            raise Unfit(key, repr(expected), value)
+
+    return check
+
+
 def flag(key: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
