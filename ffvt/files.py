@@ -109,5 +109,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
         fresh.write_bytes(content)
         sync(fresh)
         fresh.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         fresh.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ def _discard(folder: Path) -> bool:
     try:
         is_whole_folder = folder.is_dir() and not folder.is_symlink()
         if is_whole_folder and {path.name for path in folder.iterdir()} <= {*FILES, SUMS_FILE}:
-            if not os.access(folder, os.W_OK):  # it would end half deleted
+            if not os.access(folder, os.W_OK, effective_ids=True):  # it would end half deleted
                 raise PermissionError("it is write-protected")
             remove(folder)
         else:
@@ -253,7 +253,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: no such checkpoint. ValueError: it is damaged, or not what a run writes.
     """
-    folder = find_checkpoint(path)
+    folder = Path(os.path.realpath(find_checkpoint(path)))  # a run that goes on may point its links elsewhere meanwhile
     verify_checkpoint(folder)
     facts = read_facts(folder / FACTS_FILE)
     read_json(folder / CONFIG_FILE, anything)

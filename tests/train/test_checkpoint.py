@@ -60,7 +60,7 @@ def test_a_checkpoint_is_refused_where_it_is_none_or_does_not_fit(tmp_path):
     for extra in ("", "0" * 64 + "  model.safetensors\n"):
         sums = (tmp_path / "last" / "SHA256SUMS").read_text()
         (tmp_path / "last" / "SHA256SUMS").write_text(extra + sums.replace("model", "other"))
-        with pytest.raises(ValueError, match="last is damaged"):
+        with pytest.raises(ValueError, match="step-00000003 is damaged"):
             load_checkpoint(tmp_path / "last")
 
 
