@@ -155,7 +155,7 @@ def visualize(arguments: argparse.Namespace) -> None:
 
 
 def _add_checkpoint_flag(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--checkpoint", required=True, help="folder written by training: .../best or .../last")
+    command.add_argument("--checkpoint", required=True, help="a run's folder, of which best/ is taken, or a checkpoint")
 
 
 def _add_plot_flags(command: argparse.ArgumentParser) -> None:
