@@ -330,7 +330,7 @@ CASES = [
     ),
     Case("run", "data_root of a set without files", default_data_root_of_partbirds, None),
     *(
-        Case("run", f"best leads to {best}, last to {last}", links(best, last), None)
+        Case("run", f"best leads to {best}, last to {last}", links(best, last), None, slow=best in ("best", "last"))
         for best, last in ((None, None), ("nowhere", "nowhere"), ("best", "last"), ("last", "best"), ("/", "/etc"))
     ),
     Case("run", "folders in place of the links", folders_for_links, None),
@@ -341,7 +341,7 @@ CASES = [
     Case("run", "a checkpoint that is a link", checkpoint_that_is_a_link, None),
     Case("run", "checkpoints that are files", checkpoint_that_is_a_file, None),
     Case("run", "the log is a link, overwritten", overwritten_link_of_a_log, None),
-    *(Case("run", f".launch is {what}", launch(put), None) for what, put in SPECIAL.items()),
+    *(Case("run", f".launch is {what}", launch(put), None, slow=True) for what, put in SPECIAL.items()),
     Case("run", ".launch is a folder", launch(Path.mkdir), ".launch"),
     Case("run", ".launch is a FIFO", launch(os.mkfifo), ".launch"),
     Case("run", "the run is a link to a folder", name_of_a_symlinked_run, None),

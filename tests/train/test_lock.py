@@ -10,9 +10,9 @@ from ffvt.train.lock import only_writer
 
 def test_a_lock_is_held_in_the_block_and_free_after_it_also_after_an_error(tmp_path):
     for _ in range(2):
-        with only_writer(tmp_path / "run"):
-            with pytest.raises(ValueError, match=r"\.run\.lock must be free; another thread of this process"):
-                only_writer(tmp_path / "run").__enter__()
+        another = pytest.raises(ValueError, match=r"\.run\.lock must be free; another thread of this process")
+        with only_writer(tmp_path / "run"), another:
+            only_writer(tmp_path / "run").__enter__()
         with pytest.raises(KeyError), only_writer(tmp_path / "run"):
             raise KeyError
     assert (tmp_path / ".run.lock").read_bytes() == b""
