@@ -94,7 +94,7 @@ def test_visualize_draws_a_row_per_picture(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "--checkpoint", "nowhere"], "checkpoint must be a folder with training.json; got 'nowhere'"),
+        (["evaluate", "--checkpoint", "nowhere"], "with best/ or last/ in it; got 'nowhere'"),
         (["predict", "--checkpoint", "RUN", "missing.jpg"], "missing.jpg"),
         (["predict", "--checkpoint", "RUN", "RUN/log.jsonl"], "log.jsonl"),
         (["train", "--dataset", "partbirds", "--img_size", "64", "--output_dir", "RUN/log.jsonl"], "log.jsonl"),

@@ -78,7 +78,8 @@ def damaged(damage: Callable[[Path], Any]) -> Callable[[Path], object]:
 
 def shown(value: Any) -> str:
     """A value in the name of a case."""
-    return "absent" if value is ABSENT else repr(value)[:30]
+    text = "absent" if value is ABSENT else repr(value)
+    return text if len(text) < 60 else f"{text[:30]}...{text[-20:]}"
 
 
 def too_long(checkpoint: Path) -> None:
