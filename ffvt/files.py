@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+log = logging.getLogger("ffvt")
+
 BLOCK = 1 << 20  # bytes read at once
 
 
@@ -19,30 +22,41 @@ BLOCK = 1 << 20  # bytes read at once
 def new_folder(target: Path) -> Iterator[Path]:
     """A fresh folder to write into; when the block ends it becomes `target` by one rename, after all of it is on disk.
 
-    An older `target` stays until then. If the block raises, nothing is left behind.
+    An older `target` stays until then; what cannot be deleted of it is left as .<name>.old.1, which is a warning. If
+    the block raises, nothing is left behind.
     """
     fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a process that died
+    clear(fresh)  # of a process that died
     try:
         fresh.mkdir(parents=True)
         yield fresh
         for path in (*fresh.iterdir(), fresh):
             sync(path)
-        remove(target)
+        doomed = set_aside(target, f".{target.name}.old") if os.path.lexists(target) else None
         os.rename(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     sync(target.parent)
+    if doomed is not None:
+        try:
+            clear(doomed)
+        except OSError as error:
+            log.warning("%s is left over: %s", doomed, error)
+
+
+def clear(path: Path) -> None:
+    """Deletes a file, a link or a folder, if there is one. What a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
     """Deletes a folder, if it is there; at no time does a part of it stand under its name."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    if os.path.lexists(folder):
+        clear(set_aside(folder, f".{folder.name}.old"))
 
 
 def set_aside(path: Path, name: str) -> Path:
@@ -58,7 +72,7 @@ def set_aside(path: Path, name: str) -> Path:
 def point(link: Path, target: Path) -> None:
     """Makes `link` a symbolic link to its sibling `target`, replacing an earlier one in one step."""
     fresh = link.with_name(f".{link.name}.new")
-    fresh.unlink(missing_ok=True)
+    clear(fresh)
     fresh.symlink_to(target.name)
     if link.exists() and not link.is_symlink():  # a copied run has folders where links were
         set_aside(link, f"copied-{link.name}")
@@ -119,5 +133,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
         fresh.write_bytes(content)
         sync(fresh)
         fresh.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         fresh.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ class Classifier:
         require(batch_size >= 1, "load", "batch_size", "at least 1", batch_size)
         self.model, self.facts, self.precision, self.batch_size = model.eval(), facts, precision, batch_size
         self.classes: list[str] = facts["classes"]
-        self.recipe = recipe_for(facts["options"], *image_statistics(facts["options"]["model_type"]))
+        self.recipe = recipe_for(facts["options"], *image_statistics(facts["options"].get("model_type", "")))
         self.fit: str = facts["options"].get("fit", "stretch")
 
     @property

@@ -115,7 +115,7 @@ def test_export_writes_a_file_that_says_what_its_images_go_through(run, tmp_path
     ("arguments", "message"),
     [
         (["export", "--checkpoint", "RUN", "--output", "model.bin"], "got path='model.bin'"),
-        (["evaluate", "--checkpoint", "nowhere"], "checkpoint must be a folder with training.json; got 'nowhere'"),
+        (["evaluate", "--checkpoint", "nowhere"], "with best/ or last/ in it; got 'nowhere'"),
         (["predict", "--checkpoint", "RUN", "--top", "0", "x.jpg"], "got top=0"),
         (["visualize", "--checkpoint", "RUN", "RUN/log.jsonl"], "an image must be readable; got none"),
         (["train", "--dataset", "partbirds", "--img_size", "64", "--output_dir", "RUN/log.jsonl"], "log.jsonl"),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.hostile import all_cases
 from tests.hostile.basics import Touch
-from tests.hostile.case import outcome
+from tests.hostile.case import CannotBeTried, outcome
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,11 @@ from tests.hostile.case import outcome
 )
 def test_it_holds(case, tmp_path):
     (tmp_path / "own").mkdir()
-    assert outcome(case, tmp_path / "own") == ""
+    try:
+        problem = outcome(case, tmp_path / "own")
+    except CannotBeTried as reason:
+        pytest.skip(str(reason))
+    assert problem == ""
 
 
 def test_the_pickles_would_do_something(tmp_path):

@@ -55,6 +55,7 @@ class CachedPixels:
     """
 
     def __init__(self, entry: Path, count: int, size: int) -> None:
+        self.key = entry.name
         self.entry, self.file, self.shape = entry, entry / PIXELS_FILE, (count, 3, size, size)
         facts = _read_facts(entry / FACTS_FILE, count, size)
         self.unreadable = {int(index): reason for index, reason in facts["unreadable"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 from ffvt.data.partbirds import PRESETS, PartBirds
 from ffvt.data.transforms import normalize
+from ffvt.errors import printable, require
+from ffvt.files import write_whole
 from ffvt.model.config import FFVTConfig
 from ffvt.model.ffvt import FFVT
 from ffvt.report.page import Page
@@ -18,6 +21,7 @@ from ffvt.train.engine import TrainResult, train
 from ffvt.train.options import TrainOptions, parse_training_flags
 from ffvt.train.runlog import read_log
 
+MARK = ".ffvt-demo"  # a file in a demo's folder, which the next demo may replace
 SHOWN = 8  # test birds in the report
 
 # A small FFVT that a laptop's CPU trains in about a minute and a half: 8-pixel patches, 64 of them and the class token.
@@ -60,8 +64,15 @@ class DemoResult:
 
 
 def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
-    """Trains by `options` (a PartBirds run), writes `output`/report.html and the run's log and models beside it."""
+    """Trains by `options` (a PartBirds run), writes `output`/report.html and the run's log and models beside it.
+
+    An earlier demo in that folder is replaced.
+
+    Raises:
+        ValueError: the folder has something else in it; nothing is touched then.
+    """
     output = Path(output)
+    _claim(output)
     options = replace(options, output_dir=str(output.parent), name=output.name, overwrite=True)
     training = train(options)
     model = load_checkpoint(training.folder / "last").model
@@ -73,8 +84,19 @@ def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     _show_selection(page, result, model.config)
     _show_birds(page, model, birds)
     page.footer(_small_print(model, options, training))
-    result.report.write_text(page.render(), encoding="utf-8")
+    write_whole(result.report, page.render().encode())
     return result
+
+
+def _claim(output: Path) -> None:
+    """Makes a folder the demo's, which a file in it says from then on."""
+    found = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if MARK not in found:
+        holds = f", which holds {printable(found[0])}" if found else ""
+        is_free = not found and (output.is_dir() or not os.path.lexists(output))
+        require(is_free, "demo", "output", "a new or empty folder, or an earlier demo's", f"{output}{holds}")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).touch()
 
 
 def _introduce(page: Page, result: DemoResult, options: TrainOptions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from ffvt.data.sampling import (
 )
 from ffvt.data.transforms import Recipe
 from ffvt.model.registry import config_of, image_statistics
+from ffvt.train.data_record import Record, record_of
 from ffvt.train.distributed import World
 from ffvt.train.options import TrainOptions
 from ffvt.train.signals import ignore_sigterm
@@ -40,17 +42,24 @@ class Data:
         validation: what the best model is chosen on.
         test: what the end is reported on; the same as `validation` where nothing is split off.
         validation_split: the name of validation's split.
+        splits: the data set's own splits by name, before any part is split off.
     """
 
     train: TrainingView
     validation: EvaluationView
     test: EvaluationView
     validation_split: str
+    splits: dict[str, ImageSet]
 
     @property
     def classes(self) -> list[str]:
         """The classes' names, in the order of the labels."""
         return list(self.train.images.classes)
+
+    @cached_property
+    def record(self) -> Record:
+        """What a checkpoint keeps of the data set, to see later whether it is still the same."""
+        return record_of(self.splits)
 
     @property
     def resize_size(self) -> int:
@@ -107,6 +116,7 @@ def open_data(options: TrainOptions, world: World = ALONE) -> Data:
         ValueError: the data set, its files or the sizes do not fit, or images that are to be evaluated cannot be read.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
+    splits = {"train": training, options.eval_split: evaluated}
     recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type))
     grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
@@ -124,7 +134,7 @@ def open_data(options: TrainOptions, world: World = ALONE) -> Data:
         class_counts(training.labels, training.classes, "balanced_sampling")  # before anything is made
     world.on_main(lambda: check_headers(training, sets, options.skip_bad_images))
     train = TrainingView(training, options.img_size, options.seed, recipe)
-    return Data(train, validation, test, validation_split)
+    return Data(train, validation, test, validation_split, splits)
 
 
 def _open(options: TrainOptions, split: str) -> ImageSet:

@@ -74,7 +74,7 @@ def train(options: TrainOptions) -> TrainResult:
         data = open_data(options, world)
         options = options.in_steps(len(data.train), world.size)
         weights = data.class_weights(options, world.device)
-        state = TrainState(options, world, len(data.classes))
+        state = TrainState(options, world, len(data.classes), is_resumed=run.is_resumed)
         peak_flops = measure_matmul_flops(world.device, dtype_of(options.autocast_precision))
         run.start(state, data, facts_of(options, world, data, peak_flops))
         lines = LogLines(run.log, state, data, peak_flops)
@@ -99,7 +99,7 @@ def train(options: TrainOptions) -> TrainResult:
             is_best = is_due and not step.stop and _evaluate(state, data, lines)
             is_end = step.stop or state.step == options.num_steps or _has_converged(state)
             if is_best or is_end or state.step % options.save_every == 0:
-                run.save(state, data, is_best, must=step.stop)
+                run.save(state, data, is_best, must=is_end)
             if is_due:
                 throughput.restart()
             if step.stop:

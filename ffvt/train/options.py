@@ -30,6 +30,7 @@ IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and -
 IN_EPOCHS = {"epochs": "num_steps", "warmup_epochs": "warmup_steps", "eval_epochs": "eval_every"}
 MIN_ALPHA = 0.01  # below it PyTorch's Beta distribution gives 0.5 in the place of many a 0 or 1
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
+LONGEST_NAME = 150  # letters; a file's name has 255 bytes, and copies and locks of a run have longer ones
 
 DATA, AUGMENTATION, MODEL, OPTIMISER = "data", "augmentation and balance", "model", "optimiser"
 SCHEDULE = "schedule"
@@ -209,6 +210,11 @@ class TrainOptions:
         "resume from a checkpoint or from the newest intact one of a run's folder; auto: of this run's, if any",
         CHECKPOINTS,
     )
+    strict: bool = option(
+        False,
+        "refuse to resume with other data, or with other options that change the result, instead of warning",
+        CHECKPOINTS,
+    )
     overwrite: bool = option(False, "replace an earlier run of this name instead of keeping it", CHECKPOINTS)
 
     eval_every: int = option(
@@ -238,6 +244,8 @@ class TrainOptions:
                 object.__setattr__(self, declared.name, _as_tuple(getattr(self, declared.name)))
             self._check_limits(declared)
         self._check_augmentation()
+        fits = self.name.isprintable() and len(self.name) <= LONGEST_NAME
+        self._require(fits, "name", f"at most {LONGEST_NAME} letters without control characters")
         place, parts = PurePath(self.name), self.gradient_accumulation_steps
         is_below = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
         self._require(is_below, "name", "the name of a folder below output_dir")

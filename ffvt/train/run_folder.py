@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ffvt.data.layouts import canonical_name
+from ffvt.errors import printable, require
 from ffvt.files import set_aside
 from ffvt.train.checkpoint import (
     SAVE_ERRORS,
@@ -23,8 +25,9 @@ from ffvt.train.checkpoint import (
 from ffvt.train.config_file import CONFIG_FILE, config_text
 from ffvt.train.data import Data
 from ffvt.train.distributed import World
+from ffvt.train.lock import only_writer
 from ffvt.train.options import TrainOptions
-from ffvt.train.resume import LAUNCH_FILE, Start, check_fit, find_start, launch_token
+from ffvt.train.resume import Start, check_fit, find_start, note_launch
 from ffvt.train.runlog import LOG_FILE, RunLog
 from ffvt.train.state import TrainState
 
@@ -49,37 +52,40 @@ class RunFolder:
     def __init__(self, options: TrainOptions, world: World) -> None:
         self.options, self.world = options, world
         self.path = Path(options.output_dir) / options.name
-        self._open = ExitStack()  # the lock's file and the log
+        if self.path.is_symlink():  # two names of one folder are one run
+            self.path = Path(os.path.realpath(self.path))
+        self._open = ExitStack()  # the lock and the log
         self._saved_best: tuple = (None, 0)  # score and step of the best model that there is a checkpoint of
 
     def __enter__(self) -> RunFolder:
-        self.world.on_main(self._acquire)
+        with ExitStack() as opened:
+            self.world.on_main(lambda: self._acquire(opened))
+            self._start = self.world.on_main(lambda: find_start(self.options, self.path))
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._open.close()
 
-    def _acquire(self) -> None:
-        path = self.path.with_name(f".{self.path.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not passed on to loading processes
-        except OSError as error:
-            lock.close()
-            raise ValueError(f"train: {path} must be free; another process writes this run") from error
-        self._open.callback(lock.close)
+    def _acquire(self, opened: ExitStack) -> None:
+        check_apart(self.options, self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        opened.enter_context(only_writer(self.path))
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether `start` will restore a checkpoint."""
+        return self._start.checkpoint is not None
 
     def start(self, state: TrainState, data: Data, facts: dict[str, Any]) -> None:
         """Restores `state` from the checkpoint to resume from, if there is one, and opens the log, which gets `facts`.
 
         Raises:
-            ValueError: the checkpoint is none, is damaged, or does not fit the options, the classes or the model.
+            ValueError: the checkpoint is none, is damaged, or does not fit the options, the data or the model.
         """
-        options, on_main = state.options, self.world.on_main
-        start = on_main(lambda: find_start(options, self.path))
+        options, on_main, start = state.options, self.world.on_main, self._start
         if start.checkpoint is not None:
-            on_main(lambda: check_fit(start.checkpoint, options, data.classes))
+            on_main(lambda: check_fit(start.checkpoint, options, data, self.world.size))
             state.restore(*load_state(start.checkpoint))
         if not on_main(lambda: self._prepare(start, state.best_step)):
             state.best, state.best_step = None, 0
@@ -121,16 +127,16 @@ class RunFolder:
             kept = set_aside(self.path, self.path.name)
             log.warning("the earlier run %s is kept as %s", self.path, kept)
         self.path.mkdir(parents=True, exist_ok=True)
-        launch = launch_token()
-        if launch is not None:
-            (self.path / LAUNCH_FILE).write_text(launch)
+        if not start.is_own and (self.path / LOG_FILE).is_symlink():
+            (self.path / LOG_FILE).unlink()  # a new log does not empty what it leads to
+        note_launch(self.path)
         return has_best
 
     def save(self, state: TrainState, data: Data, is_best: bool, must: bool) -> None:
         """Writes a checkpoint.
 
-        One that cannot be written is a warning, unless it `must` be written, as the last thing that the run does. The
-        best model is then the one before: there has to be a checkpoint of it.
+        One that cannot be written is a warning, and the best model is then the one before: there has to be a checkpoint
+        of it. The last one of a run `must` be written.
 
         Raises:
             OSError: it cannot be written, and must be.
@@ -145,7 +151,7 @@ class RunFolder:
         model, tensors, plain = captured
         score = state.last if state.evaluated_step == state.step else None
         facts = {"classes": data.classes, "resize_size": data.resize_size, "options": state.options.to_dict()}
-        facts |= {"step": state.step, **(score.summary() if score else {})}
+        facts |= {"step": state.step, "data": data.record, **(score.summary() if score else {})}
 
         def save_model(folder: Path) -> None:
             state.evaluated.save_pretrained(folder, model)
@@ -171,3 +177,19 @@ class RunFolder:
         if self.world.is_main:
             log.warning("%s is not whole: the last model is reported as the best", self.path / "best")
         return None
+
+
+def check_apart(options: TrainOptions, run: Path) -> None:
+    """Whether a run's folder and the folders of its data and cache lie apart: an earlier run is renamed or deleted.
+
+    Raises:
+        ValueError: one is, or holds, the other.
+    """
+    own = Path(os.path.realpath(run))
+    for name in ("data_root", "cache_dir"):
+        given = getattr(options, name)
+        if not given or (name == "data_root" and canonical_name(options.dataset) == "partbirds"):
+            continue
+        other = Path(os.path.realpath(given))
+        apart = own != other and own not in other.parents and other not in own.parents
+        require(apart, "train", name, f"apart from the run's folder {printable(str(run))!r}", printable(given))

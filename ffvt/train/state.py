@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ffvt.errors import require
 from ffvt.model.registry import config_of, load_any_weights, model_of
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
+from ffvt.train.fit import check_tensors, part_of
 from ffvt.train.generators import generator_states, seed_everything, set_generators
 from ffvt.train.optim import make_optimizer, make_scheduler
 from ffvt.train.options import TrainOptions
@@ -28,7 +28,6 @@ log = logging.getLogger("ffvt")
 
 DEFAULT_LOSS_SCALE = 2.0**16
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # shards put together, on the main rank
-OPTIMIZER_STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 COUNTERS = ("step", "samples", "skipped", "skipped_in_a_row", "best_step", "evaluated_step")
 
 
@@ -42,12 +41,15 @@ class TrainState:
         step: steps done, skipped ones included.
         samples: images drawn, of all ranks together.
         last, best: scores of the last and the best evaluation, made at evaluated_step and best_step.
+
+    Args:
+        is_resumed: a checkpoint's weights will replace those of `pretrained_dir`, which are then not read.
     """
 
-    def __init__(self, options: TrainOptions, world: World, num_classes: int) -> None:
+    def __init__(self, options: TrainOptions, world: World, num_classes: int, is_resumed: bool = False) -> None:
         self.options, self.world = options, world
         seed_everything(options.seed)
-        self.model = build_model(options, num_classes).to(world.device)
+        self.model = build_model(options, num_classes, with_weights=not is_resumed).to(world.device)
         average = get_ema_multi_avg_fn(options.ema_decay)
         self.ema = AveragedModel(self.model, multi_avg_fn=average) if options.ema_decay else None
         if options.compile:
@@ -98,6 +100,7 @@ class TrainState:
             "last": self.last.summary() if self.last else None,
             "best": self.best.summary() if self.best else None,
             "generators": generators,
+            "optimizer_tensors": sum(name.startswith("optimizer/") for name in tensors),
         }
         return model, tensors, plain
 
@@ -105,11 +108,11 @@ class TrainState:
         """Takes on a captured state. All ranks must call it.
 
         Raises:
-            ValueError: it is of another model, or of another kind of optimiser.
+            ValueError: it is of another model, or of another kind of optimiser; nothing is changed then.
         """
-        _check_fit(self.model, model)
-        self._restore_optimizer(_part(tensors, "optimizer"))  # before the weights: it makes a step at rate 0
-        set_model_state_dict(self.model, _part(tensors, "model") or model, options=WHOLE)
+        check_tensors(self.model, self.options.optimizer, self.world, model, tensors, plain)
+        self._restore_optimizer(part_of(tensors, "optimizer"))  # before the weights: it makes a step at rate 0
+        set_model_state_dict(self.model, part_of(tensors, "model") or model, options=WHOLE)
         if self.ema is not None:
             set_model_state_dict(self.ema.module, model, options=WHOLE)
             self.ema.n_averaged.fill_(plain["averaged_steps"])
@@ -128,8 +131,6 @@ class TrainState:
         state: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, kind = key.rpartition("/")
-            fits = kind in OPTIMIZER_STATE[self.options.optimizer]
-            require(fits, "resume", "optimizer", "the checkpoint's", self.options.optimizer)
             state.setdefault(name, {})[kind] = value
         if state:
             groups = [{**group, "params": [names[p] for p in group["params"]]} for group in self.optimizer.param_groups]
@@ -139,7 +140,7 @@ class TrainState:
     def _restore_generators(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         rank, size, device = self.world.rank, self.world.size, self.world.device
         if plain["world_size"] == size:
-            set_generators(plain["generators"][rank], _part(tensors, f"generator/{rank}"), device)
+            set_generators(plain["generators"][rank], part_of(tensors, f"generator/{rank}"), device)
             return
         log.log(
             logging.WARNING if self.world.is_main else logging.INFO,
@@ -168,10 +169,10 @@ class Meter:
         return loss / steps, correct / images, norm / steps
 
 
-def build_model(options: TrainOptions, num_classes: int) -> nn.Module:
-    """The model that `options` describe, with its starting weights."""
+def build_model(options: TrainOptions, num_classes: int, with_weights: bool = True) -> nn.Module:
+    """The model that `options` describe, with its starting weights, or without those of `pretrained_dir`."""
     model = model_of(config_of(options.model_type, **options.model_fields(num_classes)))
-    if options.pretrained_dir:
+    if options.pretrained_dir and with_weights:
         log.info("%s", load_any_weights(model, options.pretrained_dir, last_block=options.last_block))
     return model
 
@@ -180,15 +181,3 @@ def make_scaler(options: TrainOptions, world: World) -> torch.amp.GradScaler:
     """The gradient scaler of fp16; for the other precisions one that does nothing."""
     first = options.loss_scale or DEFAULT_LOSS_SCALE
     return torch.amp.GradScaler(world.device.type, init_scale=first, enabled=options.autocast_precision == "fp16")
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-
-
-def _check_fit(model: nn.Module, values: dict[str, Tensor]) -> None:
-    own = {name: value.shape for name, value in model.state_dict().items()}
-    given = {name: value.shape for name, value in values.items()}
-    wrong = [name for name in own | given if own.get(name) != given.get(name)]
-    if wrong:
-        raise ValueError(f"resume: the model must be the checkpoint's; it differs in {', '.join(wrong[:5])}")

@@ -12,6 +12,10 @@ LONGEST_MESSAGE = 1000  # letters
 REFUSALS = (ValueError, OSError, FloatingPointError, TypeError, ImportError)
 
 
+class CannotBeTried(Exception):
+    """A case needs what this machine or user does not have: a mount, another user."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One case.
@@ -36,12 +40,18 @@ class Case:
 
 
 def outcome(case: Case, folder: Path) -> str:
-    """What went wrong with a case; "" where it held. `folder` is empty, and lies in a folder of its own."""
+    """What went wrong with a case; "" where it held. `folder` is empty, and lies in a folder of its own.
+
+    Raises:
+        CannotBeTried: not here.
+    """
     try:
         with _limited(case.seconds):
             case.attempt(folder)
     except _TooSlow:
         return f"took more than {case.seconds} s"
+    except CannotBeTried:
+        raise
     except REFUSALS as error:
         if case.refusal is None:
             return f"raised {type(error).__name__}: {error}"

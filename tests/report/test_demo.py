@@ -21,3 +21,7 @@ def test_the_demo_writes_a_self_contained_report(tmp_path):
     assert read_log(tmp_path / "demo")[-1]["last"]["selection"]["layer_hit_rates"] == result.hit_rates
     assert str(result.report) in summary(result)
     assert (tmp_path / "demo" / "last" / "model.safetensors").exists()
+    (tmp_path / "demo" / "notes.txt").write_text("mine")
+    again = run_demo(tmp_path / "demo", replace(RECIPE, **small))  # a demo may replace a demo, and nothing else there
+    assert again.accuracy == result.accuracy
+    assert (tmp_path / "demo" / "notes.txt").read_text() == "mine"

@@ -8,10 +8,11 @@ import torch
 
 from ffvt.train.checkpoint import checkpoints, load_checkpoint, load_state, newest_whole, save_checkpoint
 from ffvt.train.engine import train
+from ffvt.train.options import TrainOptions
 from tests import faults
 from tests.helpers import tiny_model
 
-FACTS = {"classes": list("abcde"), "resize_size": 64, "options": {}}
+FACTS = {"classes": list("abcde"), "resize_size": 64, "options": TrainOptions().to_dict()}
 
 
 def save(run, step, is_best=False, facts=FACTS, **state):
@@ -59,7 +60,7 @@ def test_a_checkpoint_is_refused_where_it_is_none_or_does_not_fit(tmp_path):
     for extra in ("", "0" * 64 + "  model.safetensors\n"):
         sums = (tmp_path / "last" / "SHA256SUMS").read_text()
         (tmp_path / "last" / "SHA256SUMS").write_text(extra + sums.replace("model", "other"))
-        with pytest.raises(ValueError, match="last is damaged"):
+        with pytest.raises(ValueError, match="step-00000003 is damaged"):
             load_checkpoint(tmp_path / "last")
 
 

@@ -161,7 +161,7 @@ def test_a_damaged_newest_checkpoint_is_named_set_aside_and_made_again(tmp_path,
     expected = faults.end_of(whole.folder)
     damaged = checkpoints(whole.folder)[0]
     (damaged / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"last is damaged: model\.safetensors does not fit"):
+    with pytest.raises(ValueError, match=r"step-00000024 is damaged: model\.safetensors does not fit"):
         load_checkpoint(whole.folder / "last")
     train(faults.options(tmp_path, "run"))
     assert "step-00000024 is damaged" in caplog.text

@@ -98,5 +98,21 @@ def test_another_model_and_another_optimiser_are_refused_by_name():
     captured = made(1).capture()
     with pytest.raises(ValueError, match=r"^resume: the model must be the checkpoint's; it differs in .*mlp"):
         made(mlp_dim=48).restore(*captured)
+    for name, value in (("head.bias", torch.zeros(9, dtype=torch.int32)), ("head.bias", torch.zeros(5))):
+        forged = {**captured[0], name: value}
+        with pytest.raises(
+            ValueError, match=r"^resume: the model .* head\.bias of model\.safetensors: .* there, float32"
+        ):
+            made().restore(forged, *captured[1:])
     with pytest.raises(ValueError, match="^resume: optimizer must be the checkpoint's; got optimizer='adamw'$"):
         made(optimizer="adamw").restore(*captured)
+
+
+def test_the_weights_to_start_from_are_not_read_where_a_checkpoint_replaces_them(tmp_path):
+    options = TrainOptions(**{**SMALL, "pretrained_dir": str(tmp_path / "gone.npz")})
+    with pytest.raises(FileNotFoundError, match="gone"):
+        TrainState(options, ALONE, 9)
+    captured = copied(made(1).capture())
+    state = TrainState(options, ALONE, 9, is_resumed=True)
+    state.restore(*captured)
+    assert same(state.capture(), captured)
