@@ -51,5 +51,5 @@ $(OLD_TRITON): $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch torchvision "setuptools>=77" pybind11 ninja
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,timm,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,timm,hf,onnx,dev]'
 	touch $(READY)
