@@ -34,3 +34,19 @@ def as_integer(where: str, name: str, value: object) -> int:
     except TypeError:
         pass
     raise TypeError(f"{where}: {name} must be an integer; got {name}={value!r}")
+
+
+def printable(text: str, limit: int = 200) -> str:
+    r"""Text of unknown origin, such as a file's or a class's name, in one line that a terminal may get.
+
+    Args:
+        text: the text.
+        limit: how many characters it may have; what is longer ends with "...".
+
+    Returns:
+        The text with its control, formatting and surrogate characters escaped, as in "\x1b[2J".
+    """
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[: limit + 1]
+    )
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffvt.errors import as_integer, require
+from ffvt.errors import as_integer, printable, require
 
 
 def test_a_refusal_names_place_rule_and_value():
@@ -25,3 +25,24 @@ def test_what_counts_becomes_an_int(value):
 def test_what_does_not_count_is_refused_by_name(value):
     with pytest.raises(TypeError, match=r"^place: count must be an integer; got count="):
         as_integer("place", "count", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a b é 日本", "a b é 日本"),
+        ("\x1b]0;pwned\x07\x1b[2J", r"\x1b]0;pwned\x07\x1b[2J"),
+        ("two\nlines\tand\r", r"two\nlines\tand\r"),
+        ("right\u202eleft", r"right\u202eleft"),
+        ("not utf-8: \udcff", r"not utf-8: \udcff"),
+        ("x" * 200, "x" * 200),
+        ("x" * 10**6, "x" * 197 + "..."),
+    ],
+)
+def test_what_a_terminal_gets_is_one_short_line_without_control_characters(text, shown):
+    assert printable(text) == shown
+    assert printable(text).encode()
+
+
+def test_escapes_count_towards_the_limit():
+    assert printable("\x1b" * 10, 20) == "\\x1b" * 4 + "\\..."
