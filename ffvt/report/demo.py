@@ -17,6 +17,7 @@ from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
 from ffvt.train.options import TrainOptions, parse_training_flags
 from ffvt.train.runlog import read_log
+from ffvt.train.signals import interruption
 
 SHOWN = 8  # test birds in the report
 
@@ -64,6 +65,8 @@ def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     output = Path(output)
     options = replace(options, output_dir=str(output.parent), name=output.name, overwrite=True)
     training = train(options)
+    if training.signal is not None:  # there is nothing to report on
+        raise interruption(training.signal)
     model = load_checkpoint(training.folder / "last").model
     birds = PartBirds("test", options.preset, options.seed)
     result = DemoResult(birds.coarse_only_ceiling, output / "report.html", training)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-
-import torch
-from torch.utils.data import DataLoader
 
 from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_of
 from ffvt.data.sampling import EvaluationView, StepSampler, TrainingBatch, TrainingView, batch_as_it_is, split_off
 from ffvt.data.transforms import Recipe
 from ffvt.model.config import make_config
 from ffvt.train.distributed import World
+from ffvt.train.loading import loading
 from ffvt.train.options import TrainOptions
-from ffvt.train.signals import ignore_sigterm
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,25 @@ class Data:
         """The transforms that the data set is trained with."""
         return self.train.recipe
 
-    def batches(self, options: TrainOptions, world: World, step: int, samples: int) -> Iterator[TrainingBatch]:
-        """This rank's batches, from after `step` steps in which all ranks drew `samples` images, to the last step."""
+    def batches(
+        self, options: TrainOptions, world: World, step: int, samples: int
+    ) -> AbstractContextManager[Iterator[TrainingBatch]]:
+        """This rank's batches, from after `step` steps in which all ranks drew `samples` images, to the last step.
+
+        They come inside of a `with` block, with whose end the loading processes end.
+        """
         steps = options.num_steps - step
         sampler = StepSampler(
             len(self.train), options.train_batch_size, steps, options.seed, world.rank, world.size, samples
         )
-        loader = DataLoader(
+        return loading(
             self.train,
+            batch_as_it_is,
+            options.workers,
             batch_sampler=sampler,
-            num_workers=options.workers,
             pin_memory=world.device.type == "cuda",
             prefetch_factor=options.prefetch if options.workers else None,
-            collate_fn=batch_as_it_is,
-            worker_init_fn=ignore_sigterm,
-            generator=torch.Generator(),  # its own: the loader must not draw from the one that makes the dropout masks
         )
-        return iter(loader)
 
 
 def open_data(options: TrainOptions) -> Data:
@@ -78,7 +78,7 @@ def open_data(options: TrainOptions) -> Data:
     grid_size = make_config(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:
-        return EvaluationView(images, options.img_size, recipe, grid_size, options.skip_bad_images)
+        return EvaluationView(images, options.img_size, recipe, grid_size, skip_bad=True)
 
     validation = test = evaluation(evaluated)
     validation_split = options.eval_split
