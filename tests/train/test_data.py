@@ -1,6 +1,7 @@
 """What a run sees: its splits, its batches."""
 
 import itertools
+from contextlib import ExitStack
 
 import torch
 
@@ -32,8 +33,10 @@ def test_validation_images_come_out_of_the_training_ones_and_are_seen_as_the_tes
 def test_batches_resume_where_a_run_was_stopped():
     options = TrainOptions(**SMALL)
     data = open_data(options)
-    every = list(data.batches(options, ALONE, 0, 0))
-    rest = list(data.batches(options, ALONE, 4, 32))
+    with data.batches(options, ALONE, 0, 0) as batches:
+        every = list(batches)
+    with data.batches(options, ALONE, 4, 32) as batches:
+        rest = list(batches)
     assert (len(every), len(rest)) == (6, 2)
     for (image, label, *_), (same_image, same_label, *_) in zip(every[4:], rest):
         assert torch.equal(image, same_image)
@@ -43,7 +46,9 @@ def test_batches_resume_where_a_run_was_stopped():
 def test_batches_of_two_ranks_are_those_of_one_side_by_side():
     options = TrainOptions(**{**SMALL, "train_batch_size": 4})
     data = open_data(options)
-    ranks = [data.batches(options, World(rank, 2, torch.device("cpu")), 0, 0) for rank in range(2)]
-    alone = data.batches(TrainOptions(**SMALL), ALONE, 0, 0)
-    for one, both in itertools.islice(zip(alone, zip(*ranks)), 3):
-        assert torch.equal(one.index, torch.cat([batch.index for batch in both]))
+    worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(data.batches(options, world, 0, 0)) for world in worlds]
+        alone = stack.enter_context(data.batches(TrainOptions(**SMALL), ALONE, 0, 0))
+        for one, both in itertools.islice(zip(alone, zip(*ranks)), 3):
+            assert torch.equal(one.index, torch.cat([batch.index for batch in both]))
