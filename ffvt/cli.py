@@ -9,40 +9,42 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from ffvt.exits import INTERRUPTED, OK, Parser, run_to_exit
 from ffvt.precision import PRECISIONS
 from ffvt.train.options import DEVICES, add_training_flags, read_options
 from ffvt.version import __version__
 
 PROGRAM = "ffvt"
-# What bad input, missing extras, a full disk or a diverged run raise; anything else is our mistake and shows its trace.
-USAGE_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; exit status 0, or 1 with a message on bad input."""
+    """Runs one command.
+
+    Returns:
+        The exit status: 0, or 1 with a message on bad input, 130 after Ctrl-C, 143 after SIGTERM (a stopped training
+        that has saved ends with 0 then), 141 where nobody reads the output any more.
+
+    Raises:
+        SystemExit: with status 2, for arguments that are none.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = make_parser().parse_args(arguments)
+    parsed, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if "recipe" in parsed:
         parsed.options = read_options(parsed.parser, arguments[1:])
-    rank = os.environ.get("RANK", "0")  # the processes that torchrun starts beside the main one stay silent
-    level = parsed.log_level if rank == "0" else logging.WARNING
+    level = parsed.log_level if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    try:
-        return parsed.run(parsed) or 0
-    except USAGE_ERRORS as error:
-        if rank == "0":
-            print(f"{PROGRAM} {parsed.command}: {error}", file=sys.stderr)
-        elif not getattr(error, "raised_on_main", False):
-            print(f"{PROGRAM} {parsed.command}, rank {rank}: {error}", file=sys.stderr)
-        return 1
+    return run_to_exit(lambda: parsed.run(parsed), f"{PROGRAM} {parsed.command}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; a parsed command has `run`, the function that runs it, and its `parser`."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -76,12 +78,13 @@ def demo(arguments: argparse.Namespace) -> None:
     print(summary(run_demo(arguments.output)))
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int:
     from ffvt.train import engine
 
     result = engine.train(arguments.options)
     if os.environ.get("RANK", "0") == "0":
         print(result.summary())
+    return INTERRUPTED if result.signal == signal.SIGINT else OK
 
 
 def _add_evaluate_flags(command: argparse.ArgumentParser) -> None:

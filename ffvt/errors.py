@@ -1,8 +1,9 @@
-"""How an argument is refused: one sentence that names the place, the rule and the value."""
+"""How an argument is refused: one sentence that names the place, the rule and the value. Errors on their way."""
 
 from __future__ import annotations
 
 import operator
+import pickle
 
 
 def require(holds: bool, where: str, name: str, must: str, got: object) -> None:
@@ -50,3 +51,12 @@ def printable(text: str, limit: int = 200) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[: limit + 1]
     )
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself, or what it says where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its parts raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

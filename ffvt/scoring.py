@@ -133,7 +133,7 @@ def evaluate_checkpoint(
             answers.add(labels, logits)
             progress.advance(min(len(labels) * world.size, len(view) - progress.done))
 
-        score = evaluate(model, view, world, classifier.batch_size, classifier.precision, workers, each)
+        score = evaluate(model, view, world, classifier.batch_size, classifier.precision, workers, each=each)
     predicted, probability = answers.of_all(world, len(view))
     return Evaluation(score, images, torch.tensor(list(images.labels)), predicted, probability)
 

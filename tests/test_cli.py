@@ -138,6 +138,21 @@ def test_bad_input_ends_with_status_one_and_one_line(run, arguments, message, ca
     assert error.splitlines()[-1].startswith(f"ffvt {arguments[0]}: ")
 
 
+def test_bad_usage_is_one_line_that_names_the_flag_and_where_to_look(capsys):
+    for arguments, said in (
+        (
+            ["train", "--train_batch_size", "0"],
+            "ffvt train: train_batch_size must be at least 1; got train_batch_size=0",
+        ),
+        (["train", "--img_size", "64px"], "ffvt train: argument --img_size: invalid int value: '64px'"),
+        (["train", "--no_such_flag"], "ffvt train: unrecognized arguments: --no_such_flag"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"{said} (see ffvt train --help)\n"
+
+
 def test_info_is_json_and_says_what_serves():
     shown = subprocess.run([sys.executable, "-m", "ffvt", "info"], capture_output=True, text=True, check=True).stdout
     info = json.loads(shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,8 +12,6 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from ffvt.data.datasets import ImageSet, describe
 from ffvt.data.images import UNREADABLE
 from ffvt.data.transforms import PLAIN, Recipe, evaluation_view, patches_in_box, random_view
-
-log = logging.getLogger("ffvt")
 
 MAX_REPLACEMENTS = 10  # unreadable pictures drawn in a row before it is no single picture's fault
 SKIPPED = -1  # label of a picture that could not be read and is not to be counted
@@ -34,12 +31,13 @@ class TrainingSample(NamedTuple):
 
 class EvaluationSample(NamedTuple):
     """image (3, S, S) uint8, its label (`SKIPPED` if it cannot be read), whether it has a box, and on_object (N,) bool,
-    which tokens overlap that."""
+    which tokens overlap that; why it cannot be read, or ""."""
 
     image: Tensor
     label: int
     has_box: bool
     on_object: Tensor
+    problem: str = ""
 
 
 class TrainingBatch(NamedTuple):
@@ -119,22 +117,24 @@ class EvaluationView(Dataset):
     ) -> None:
         self.images, self.image_size, self.recipe = images, image_size, recipe
         self.grid_size, self.skip_bad = grid_size, skip_bad
+        self.reported: set[str] = set()  # problems that were told
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> EvaluationSample:
+        problem = ""
         try:
             image, label = self.images[index]
         except UNREADABLE as error:
             if not self.skip_bad:
                 raise ValueError(f"evaluate: {describe(self.images, index)} cannot be read: {error}") from error
-            log.warning("evaluate: %s cannot be read and is not counted: %s", describe(self.images, index), error)
+            problem = f"{describe(self.images, index)}: {error}"
             image, label = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), SKIPPED
         view = evaluation_view(image, self.image_size, self.recipe)
         find = getattr(self.images, "relative_box", None)
         box = find(index) if find and self.grid_size and label != SKIPPED else None
-        return EvaluationSample(view, label, box is not None, self._on_object(box, image.shape[-1]))
+        return EvaluationSample(view, label, box is not None, self._on_object(box, image.shape[-1]), problem)
 
     def _on_object(self, box: tuple[float, float, float, float] | None, side: int) -> Tensor:
         """Which tokens overlap the box, the class token never: (1 + grid_size**2,)."""

@@ -20,6 +20,7 @@ from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
 from ffvt.train.options import TrainOptions, parse_training_flags
 from ffvt.train.runlog import read_log
+from ffvt.train.signals import interruption
 
 MARK = ".ffvt-demo"  # a file in a demo's folder, which the next demo may replace
 SHOWN = 8  # test birds in the report
@@ -75,6 +76,8 @@ def run_demo(output: str | Path, options: TrainOptions = RECIPE) -> DemoResult:
     _claim(output)
     options = replace(options, output_dir=str(output.parent), name=output.name, overwrite=True)
     training = train(options)
+    if training.signal is not None:  # there is nothing to report on
+        raise interruption(training.signal)
     model = load_checkpoint(training.folder / "last").model
     birds = PartBirds("test", options.preset, options.seed)
     result = DemoResult(birds.coarse_only_ceiling, output / "report.html", training)

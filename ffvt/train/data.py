@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch.utils.data import DataLoader
 
 from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_for
 from ffvt.data.headers import check_headers, tell_left_out
@@ -27,10 +27,8 @@ from ffvt.data.transforms import Recipe
 from ffvt.model.registry import config_of, image_statistics
 from ffvt.train.data_record import Record, record_of
 from ffvt.train.distributed import World
+from ffvt.train.loading import loading
 from ffvt.train.options import TrainOptions
-from ffvt.train.signals import ignore_sigterm
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -88,32 +86,46 @@ class Data:
         counts = class_counts(self.train.images.labels, self.classes, "class_weights")
         return class_weights(options.class_weights, counts).to(device)
 
-    def batches(self, options: TrainOptions, world: World, step: int, samples: int) -> Iterator[TrainingBatch]:
-        """This rank's batches, from after `step` steps in which all ranks drew `samples` images, to the last step."""
+    def check_images(self, skip_bad: bool) -> None:
+        """Tells what was left out of the folders, and reads the header of every image file.
+
+        Raises:
+            ValueError: an image that is to be evaluated cannot be read, and is not to be skipped.
+        """
+        tell_left_out(self.splits)
+        evaluated = {split: images for split, images in self.splits.items() if split != "train"}
+        if self.validation is not self.test:
+            evaluated[self.validation_split] = self.validation.images
+        check_headers(self.train.images, evaluated, skip_bad)
+
+    def batches(
+        self, options: TrainOptions, world: World, step: int, samples: int
+    ) -> AbstractContextManager[Iterator[TrainingBatch]]:
+        """This rank's batches, from after `step` steps in which all ranks drew `samples` images, to the last step.
+
+        They come inside of a `with` block, with whose end the loading processes end.
+        """
         steps = options.num_steps - step
         cut = (options.train_batch_size, steps, options.seed, world.rank, world.size, samples)
         if options.balanced_sampling:
             sampler = BalancedSampler(self.train.images.labels, self.classes, *cut)
         else:
             sampler = StepSampler(len(self.train), *cut)
-        loader = DataLoader(
+        return loading(
             self.train,
+            batch_as_it_is,
+            options.workers,
             batch_sampler=sampler,
-            num_workers=options.workers,
             pin_memory=world.device.type == "cuda",
             prefetch_factor=options.prefetch if options.workers else None,
-            collate_fn=batch_as_it_is,
-            worker_init_fn=ignore_sigterm,
-            generator=torch.Generator(),  # its own: the loader must not draw from the one that makes the dropout masks
         )
-        return iter(loader)
 
 
-def open_data(options: TrainOptions, world: World = ALONE) -> Data:
-    """The images that `options` name, after a look at every file on the main rank of `world` (`check_headers`).
+def open_data(options: TrainOptions) -> Data:
+    """The images that `options` name.
 
     Raises:
-        ValueError: the data set, its files or the sizes do not fit, or images that are to be evaluated cannot be read.
+        ValueError: the data set, its files or the sizes do not fit.
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     splits = {"train": training, options.eval_split: evaluated}
@@ -121,18 +133,16 @@ def open_data(options: TrainOptions, world: World = ALONE) -> Data:
     grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:
-        return EvaluationView(images, options.img_size, recipe, grid_size, options.skip_bad_images)
+        return EvaluationView(images, options.img_size, recipe, grid_size, skip_bad=True)
 
-    world.on_main(lambda: tell_left_out({"train": training, options.eval_split: evaluated}))
     validation = test = evaluation(evaluated)
-    validation_split, sets = options.eval_split, {options.eval_split: evaluated}
+    validation_split = options.eval_split
     if options.val_split:
         kept, off = split_off(training.labels, options.val_split, options.seed)
         validation, validation_split = evaluation(ImageSubset(training, off)), "val"
-        training, sets["val"] = ImageSubset(training, kept), validation.images
+        training = ImageSubset(training, kept)
     if options.balanced_sampling:
         class_counts(training.labels, training.classes, "balanced_sampling")  # before anything is made
-    world.on_main(lambda: check_headers(training, sets, options.skip_bad_images))
     train = TrainingView(training, options.img_size, options.seed, recipe)
     return Data(train, validation, test, validation_split, splits)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from ffvt.errors import portable
+from ffvt.train.rendezvous import meet, place
+
 T = TypeVar("T")
+
+RENDEZVOUS_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -77,68 +80,71 @@ class World:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = error if self.size == 1 else _picklable(error)
+                outcome[1] = error if self.size == 1 else portable(error)
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         value, error = outcome
         if error is not None:
-            error.raised_on_main = True
+            error.of_rank = 0
             raise error
         return value
 
+    def on_all(self, function: Callable[[], T]) -> T:
+        """What `function` returns on this rank. Where it raises on any, its error is raised on every rank.
 
-def _picklable(error: Exception) -> Exception:
-    """The error itself, or what it says where it cannot be sent to other ranks."""
-    try:
-        pickle.dumps(error)
-    except Exception:  # whatever its parts raise
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        The error has an attribute `of_rank`: the first rank on which it was raised.
+        """
+        if self.size == 1:
+            return function()
+        value, own = None, None
+        try:
+            value = function()
+        except Exception as error:
+            own = error
+        if not self.any(own is not None)[0]:
+            return value
+        errors = self.gather(own and portable(own))
+        rank = next(rank for rank, error in enumerate(errors) if error is not None)
+        error = own if rank == self.rank else errors[rank]
+        error.of_rank = rank
+        raise error
 
 
 @contextmanager
-def join_world(device: str = "auto", shard: bool = False) -> Iterator[World]:
+def join_world(device: str = "auto", shard: bool = False, timeout: float = RENDEZVOUS_TIMEOUT) -> Iterator[World]:
     """Joins the process group that torchrun's environment describes, and leaves it at the end.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu" (gloo) or "cuda" (nccl, and gloo for what is on the CPU).
         shard: whether models will be sharded, which takes a process group, if only of one process.
+        timeout: seconds to wait for the other processes.
 
     Raises:
-        ValueError: the device is not there, or `shard` without torchrun.
+        ValueError: the device is not there, the environment makes no sense, or `shard` without torchrun.
+        OSError: the other processes are not there in time.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    here = place()
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be one that is present; got device='cuda' without a GPU")
-    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda" and here.local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"train: LOCAL_RANK must be that of one of {count} GPUs; got LOCAL_RANK={here.local_rank}")
+    own = torch.device(kind, here.local_rank) if kind == "cuda" else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    is_launched = "WORLD_SIZE" in os.environ  # also by a torchrun of one process, which sharding needs
-    if shard and not is_launched:
+    if shard and not here.is_launched:
         raise ValueError("train: fsdp needs torchrun, with one process or more; got fsdp=True without it")
-    if is_launched:
+    if here.is_launched:
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(), rank=rank, world_size=size)
+        dist.init_process_group(backend, store=meet(here, timeout), rank=here.rank, world_size=here.size)
     try:
-        yield World(rank, size, own)
-        if is_launched:
+        yield World(here.rank, here.size, own)
+        if here.is_launched:
             dist.barrier()  # a rank that leaves while another still talks to it can bring that one down
     finally:
-        if is_launched:
+        if here.is_launched:
             dist.destroy_process_group()
-
-
-def _store() -> dist.Store:
-    """Where the processes find each other: what torchrun offers, with a part of its own for every restart.
-
-    torchrun's store outlives its workers, and restarted ones would try addresses of dead ones. On several nodes each
-    counts its restarts alone, so there the number is of no use, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is.
-    """
-    store, _, _ = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        return store
-    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

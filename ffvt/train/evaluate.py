@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset, default_collate
 
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import normalize
 from ffvt.model.selection import SelectingModel
 from ffvt.precision import autocast
 from ffvt.train.distributed import World
-from ffvt.train.signals import ignore_sigterm
+from ffvt.train.loading import loading
+from ffvt.train.signals import Stopped
+
+log = logging.getLogger("ffvt")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Score:
     """What an evaluation found: images counted, shares right at first and within the first five, mean loss.
 
     mean_class_top1: mean over the classes that have images of the share of them that is right. per_class: for each
-    class how many images are right, and how many there are. selection: None for a plain ViT.
+    class how many images are right, and how many there are. selection: None for a plain ViT. problems: the images that
+    were left out, as they cannot be read.
     """
 
     count: int
@@ -54,10 +59,11 @@ class Score:
     mean_class_top1: float
     per_class: tuple[tuple[int, int], ...] = ()
     selection: SelectionStatistics | None = None
+    problems: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """All but the classes, as a plain dict for JSON; a loss that is not finite is None."""
-        values = {name: value for name, value in asdict(self).items() if name != "per_class"}
+        """All but the classes and problems, as a plain dict for JSON; a loss that is not finite is None."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("per_class", "problems")}
         return {**values, "loss": self.loss if math.isfinite(self.loss) else None}
 
     @classmethod
@@ -79,40 +85,60 @@ def evaluate(
     batch_size: int,
     precision: str = "fp32",
     workers: int = 0,
+    stop: Callable[[], bool] = bool,
     each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Evaluates `model` on a view; each rank takes every world-size-th image.
 
+    stop: says before every batch whether to stop; that of one rank is enough.
     each: is called with this rank's labels (B,) and logits (B, num_classes) of every batch, in the order of its images.
 
-    Returns the same Score on every rank. Raises ValueError if nothing can be counted, or a picture cannot be read.
+    Returns:
+        The same Score on every rank.
+
+    Raises:
+        ValueError: nothing can be counted, or an image cannot be read.
+        Stopped: `stop` said so.
     """
     if len(view) == 0:
         raise ValueError("evaluate: the data set must have images; got 0")
     shard = Subset(view, range(world.rank, len(view), world.size))
     layers, first = (model.num_selecting, model.first_candidate) if isinstance(model, SelectingModel) else (0, 0)
     sums = _Sums(len(view.images.classes), layers, first, world.device)
-    was_training = model.training
-    model.eval()
-    own = torch.Generator()  # the loader must not draw from the generator that makes training's dropout masks
-    batches = 0
-    loader = DataLoader(shard, batch_size, num_workers=workers, generator=own, worker_init_fn=ignore_sigterm)
-    for images, labels, has_box, on_object in loader:
-        batches += 1
+    problems: list[str] = []
+
+    def next_batch(batches: Iterator) -> None:
+        if stop():
+            raise Stopped
+        batch = next(batches, None)
+        images = torch.zeros(1, 3, view.image_size, view.image_size, dtype=torch.uint8) if batch is None else batch[0]
         with autocast(world.device, precision):
             logits, index = _run(model, normalize(images.to(world.device), view.recipe))
+        if batch is None:  # run all the same: a sharded model runs on all ranks or on none
+            return
+        problems.extend(problem for problem in batch.problem if problem)
+        on_object = batch.on_object
         if layers:  # the view knows no token before the patches but the class token
             on_object = F.pad(on_object, (model.num_prefix_tokens - 1, 0))
-        boxes = [boxed.to(world.device) for boxed in (has_box, on_object)]
-        sums.add(logits.float(), labels.to(world.device), index, *boxes)
+        labels, *boxes = (values.to(world.device) for values in (batch.label, batch.has_box, on_object))
+        sums.add(logits.float(), labels, index, *boxes)
         if each is not None:
-            each(labels, logits.float())
-    largest_shard = -(-len(view) // world.size)
-    for _ in range(-(-largest_shard // batch_size) - batches):  # a sharded model runs on all ranks or on none
-        with autocast(world.device, precision):
-            _run(model, normalize(torch.zeros_like(view[0].image)[None].to(world.device), view.recipe))
-    model.train(was_training)
-    return sums.score(world)
+            each(batch.label, logits.float())
+
+    was_training = model.training
+    model.eval()
+    try:
+        with loading(shard, default_collate, workers, batch_size=batch_size) as batches:
+            for _ in range(0, len(range(0, len(view), world.size)), batch_size):  # as many as the longest shard has
+                world.on_all(lambda: next_batch(batches))
+    finally:
+        model.train(was_training)
+    score = sums.score(world, problems)
+    for problem in score.problems if world.is_main else ():
+        if problem not in view.reported:
+            view.reported.add(problem)
+            log.warning("evaluate: an image cannot be read and is not counted: %s", problem)
+    return score
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -174,12 +200,15 @@ class _Sums:
             self.picks[4] += random_hit_rates(on_object, self.first_candidate).sum()
             self.picks[5:] += hit_rates(index, on_object).sum(0)
 
-    def score(self, world: World) -> Score:
+    def score(self, world: World, problems: list[str]) -> Score:
+        """The score of all ranks; `problems` are this one's images that were left out."""
+        everywhere = tuple(problem for part in world.gather(problems) for problem in part)
         right, count = world.sum(self.per_class).tolist()
         top5, loss = world.sum(self.scores).tolist()
         total = sum(count)
         if total == 0:
-            raise ValueError("evaluate: the data set must have readable images; got 0")
+            first = f"; the first that cannot be read: {everywhere[0]}" if everywhere else ""
+            raise ValueError(f"evaluate: the data set must have readable images; got 0{first}")
         by_class = [a / b for a, b in zip(right, count) if b]
         return Score(
             total,
@@ -189,6 +218,7 @@ class _Sums:
             sum(by_class) / len(by_class),
             tuple(zip(right, count)),
             self._selection(world),
+            everywhere,
         )
 
     def _selection(self, world: World) -> SelectionStatistics | None:

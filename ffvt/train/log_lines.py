@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ffvt.data.datasets import describe
+from ffvt.errors import printable
 from ffvt.model.registry import training_flops
 from ffvt.train.announcement import advice, announcement
 from ffvt.train.data import Data
@@ -93,18 +94,33 @@ class LogLines:
         )
 
     def evaluation(self, step: int, split: str, score: Score, **which: str) -> None:
-        """The score of the model of a step."""
+        """The score of the model of a step, and the images that were left out, each once."""
+        for problem in score.problems:
+            self._write_problem(problem, step)
         self.log.write("evaluate", step=step, split=split, **which, **score.summary())
         if not which:
             log.info("step %d: %s top-1 %.4f, loss %.4f", step, split, score.top1, score.loss)
 
+    def unevaluated(self, error: Exception) -> None:
+        """An evaluation that failed."""
+        step, problem = self.state.step, printable(f"{type(error).__name__}: {error}", 300)
+        self.log.write("unevaluated", step=step, error=problem)
+        if self.state.world.is_main:
+            log.warning("the evaluation of step %d failed, training continues: %s", step, problem)
+
     def unreadable(self, problems: Sequence[str]) -> None:
         """Images of this rank that were replaced, each once."""
         for problem in problems:
-            if problem and problem not in self.warned:
-                self.warned.add(problem)
+            if problem and self._write_problem(problem, self.state.step + 1):
                 log.warning("an image cannot be read and is replaced by another: %s", problem)
-                self.log.write("unreadable", step=self.state.step + 1, problem=problem)
+
+    def _write_problem(self, problem: str, step: int) -> bool:
+        """Logs an image that cannot be read; whether it is a new one."""
+        is_new = problem not in self.warned
+        if is_new:
+            self.warned.add(problem)
+            self.log.write("unreadable", step=step, problem=problem)
+        return is_new
 
     def skipped(self, index: torch.Tensor) -> None:
         """A step that was skipped, with its images of all ranks.

@@ -234,6 +234,7 @@ class TrainOptions:
     output_dir: str = option("output", "folder of the runs", RUN, authors=True)
     seed: int = option(42, "seed of weights, order, crops and dropout", RUN, authors=True)
     device: str = option("auto", "where to train", RUN, choices=DEVICES)
+    rendezvous_timeout: float = option(300.0, "seconds to wait for the other processes at the start", RUN, above=0)
     log_every: int = option(10, "steps between lines of the log", RUN, at_least=1)
     tensorboard: bool = option(False, "write TensorBoard's event files too", RUN)
 
@@ -387,7 +388,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> T
         values = parser.parse_args([*recipe, *file, *arguments])
         return TrainOptions(**{declared.name: getattr(values, declared.name) for declared in fields(TrainOptions)})
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(str(error).removeprefix("train: "))
 
 
 def parse_training_flags(arguments: Sequence[str]) -> TrainOptions:

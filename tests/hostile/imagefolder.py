@@ -55,7 +55,7 @@ def started(name: str, edit: Callable[[Path], object], named: str | None, *told:
         if "cache_dir" in run:
             run["cache_dir"] = str(folder / "cache")
         with heard() as said:
-            open_data(TrainOptions(**run))
+            open_data(TrainOptions(**run)).check_images(run.get("skip_bad_images", False))
         for part in told:
             assert part in said.getvalue(), said.getvalue()
 

@@ -1,6 +1,7 @@
 """What a run sees: its splits, its batches."""
 
 import itertools
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -34,8 +35,10 @@ def test_validation_images_come_out_of_the_training_ones_and_are_seen_as_the_tes
 def test_batches_resume_where_a_run_was_stopped():
     options = TrainOptions(**SMALL)
     data = open_data(options)
-    every = list(data.batches(options, ALONE, 0, 0))
-    rest = list(data.batches(options, ALONE, 4, 32))
+    with data.batches(options, ALONE, 0, 0) as batches:
+        every = list(batches)
+    with data.batches(options, ALONE, 4, 32) as batches:
+        rest = list(batches)
     assert (len(every), len(rest)) == (6, 2)
     for (image, label, *_), (same_image, same_label, *_) in zip(every[4:], rest):
         assert torch.equal(image, same_image)
@@ -45,10 +48,12 @@ def test_batches_resume_where_a_run_was_stopped():
 def test_batches_of_two_ranks_are_those_of_one_side_by_side():
     options = TrainOptions(**{**SMALL, "train_batch_size": 4})
     data = open_data(options)
-    ranks = [data.batches(options, World(rank, 2, torch.device("cpu")), 0, 0) for rank in range(2)]
-    alone = data.batches(TrainOptions(**SMALL), ALONE, 0, 0)
-    for one, both in itertools.islice(zip(alone, zip(*ranks)), 3):
-        assert torch.equal(one.index, torch.cat([batch.index for batch in both]))
+    worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(data.batches(options, world, 0, 0)) for world in worlds]
+        alone = stack.enter_context(data.batches(TrainOptions(**SMALL), ALONE, 0, 0))
+        for one, both in itertools.islice(zip(alone, zip(*ranks)), 3):
+            assert torch.equal(one.index, torch.cat([batch.index for batch in both]))
 
 
 def test_a_runs_own_statistics_serve_training_and_evaluation_and_only_training_is_augmented():
@@ -57,7 +62,8 @@ def test_a_runs_own_statistics_serve_training_and_evaluation_and_only_training_i
     for view in (data.train, data.test):
         assert (view.recipe.mean, view.recipe.std) == (options.mean, options.std)
     assert torch.equal(data.test[3].image, plain.test[3].image)
-    batch, other = (next(opened.batches(options, ALONE, 0, 0)) for opened in (data, plain))
+    with data.batches(options, ALONE, 0, 0) as own, plain.batches(options, ALONE, 0, 0) as others:
+        batch, other = next(own), next(others)
     assert torch.equal(batch.index, other.index)
     assert not torch.equal(batch.image, other.image)
     assert batch.erased.any(1).all()
@@ -71,9 +77,8 @@ def test_classes_are_weighted_or_balanced_by_the_training_images_left():
     torch.testing.assert_close(data.class_weights(options, ALONE.device), counts.sum() / (9 * counts))
     assert data.class_weights(TrainOptions(), ALONE.device) is None
     balanced = TrainOptions(**{**SMALL, "train_batch_size": 9}, balanced_sampling=True)
-    assert [sorted(batch.label.tolist()) for batch in open_data(balanced).batches(balanced, ALONE, 0, 0)] == [
-        list(range(9))
-    ] * 6
+    with open_data(balanced).batches(balanced, ALONE, 0, 0) as batches:
+        assert [sorted(batch.label.tolist()) for batch in batches] == [list(range(9))] * 6
 
 
 def test_a_training_part_that_lacks_a_class_cannot_be_balanced(monkeypatch):

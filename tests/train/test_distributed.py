@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ffvt.train.checkpoint import load_checkpoint, load_state
+from ffvt.train.distributed import World
 from ffvt.train.engine import train
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
@@ -45,13 +46,27 @@ def test_a_sharded_run_trains_saves_and_resumes_as_one_process_does(changes, tmp
     assert ends[0] == ends[1]
 
 
-def test_an_image_that_only_another_rank_cannot_read_is_named(tmp_path, photographs):
+def test_an_image_that_only_another_rank_cannot_read_is_named_and_left_out(tmp_path, photographs):
     broken = sorted((photographs / "test").rglob("*.png"))[1]  # of rank 1
     broken.write_bytes(broken.read_bytes()[:50])
     changes = {**QUIET, "dataset": "imagefolder", "data_root": str(photographs), "resize_size": 80, "num_steps": 1}
     ran = launch(faults.options(tmp_path, "run", **changes), tmp_path)
-    assert ran.returncode != 0
-    assert f"rank 1: evaluate: {broken} cannot be read" in ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count(f"cannot be read and is not counted: {broken}") == 1
+    assert values(tmp_path / "run", "evaluate", "count") == [3]
+    assert str(broken) in values(tmp_path / "run", "unreadable", "problem")[0]
+
+
+def test_an_error_of_one_rank_is_raised_on_all(monkeypatch):
+    """Two worlds of two ranks that think in turn."""
+    worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
+    monkeypatch.setattr(World, "any", lambda self, *flags: (True,))
+    monkeypatch.setattr(World, "gather", lambda self, value: [None, KeyError("lost")])
+    with pytest.raises(KeyError, match="lost") as raised:
+        worlds[0].on_all(lambda: "fine")
+    assert raised.value.of_rank == 1
+    with pytest.raises(KeyError, match="own"):
+        worlds[1].on_all(lambda: {}["own"])
 
 
 def test_two_processes_train_as_one_does_and_count_every_image_once(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ffvt.data.datasets import open_split
-from ffvt.data.sampling import EvaluationView
+from ffvt.data.sampling import EvaluationView, TrainingView
 from ffvt.train import engine
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
@@ -98,6 +98,40 @@ def test_too_many_steps_that_are_not_finite_end_the_run_with_the_images_names(tm
     assert len(skips) == 4
     assert len(skips[0]["images"]) == 8
     assert all(json.dumps(line) for line in skips)
+
+
+def test_an_error_in_an_evaluation_costs_the_evaluation_and_one_at_the_end_is_made_up_for(tmp_path, monkeypatch):
+    whole = train(faults.options(tmp_path, "whole", **QUIET))
+
+    def failing(*_given):
+        raise KeyError("odd")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "evaluate", failing)
+        with pytest.raises(
+            ValueError, match=r"the end must be evaluated; .* saved in .*last, --resume auto evaluates it"
+        ):
+            train(faults.options(tmp_path, "run", **QUIET))
+    assert values(tmp_path / "run", "unevaluated", "step") == [4, 8]
+    assert values(tmp_path / "run", "unevaluated", "error") == ["KeyError: 'odd'"] * 2
+    again = train(faults.options(tmp_path, "run", **{**QUIET, "resume": "auto"}))
+    assert again.last == whole.last
+    assert faults.end_of(again.folder)["model.safetensors"] == faults.end_of(whole.folder)["model.safetensors"]
+
+
+def test_an_error_of_the_loader_saves_before_it_ends_the_run(tmp_path, monkeypatch):
+    whole, drawn = TrainingView.__getitem__, []
+
+    def failing(self, key):
+        drawn.append(key)
+        if len(drawn) > 5 * 8:
+            raise OSError("the disk is gone")
+        return whole(self, key)
+
+    monkeypatch.setattr(TrainingView, "__getitem__", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(faults.options(tmp_path, "run", **{**QUIET, "eval_every": 100}, save_every=100))
+    assert load_checkpoint(tmp_path / "run" / "last").facts["step"] == 5
 
 
 def test_an_evaluation_whose_loss_is_not_finite_is_recorded_and_ends_nothing(tmp_path, monkeypatch):

@@ -46,6 +46,8 @@ def test_evaluation_equals_a_hand_count_at_any_number_of_ranks(size, monkeypatch
     view = EvaluationView(Labelled(labels), 2)
     parts = []
     monkeypatch.setattr(World, "sum", lambda self, values: parts.append(values.clone()) or values)
+    monkeypatch.setattr(World, "any", lambda self, *flags: flags)
+    monkeypatch.setattr(World, "gather", lambda self, value: [value])
     for rank in range(size):
         evaluate(Counted(), view, World(rank, size, torch.device("cpu")), 2)
     monkeypatch.undo()
@@ -73,7 +75,8 @@ def test_a_picture_that_cannot_be_read_stops_the_evaluation_unless_it_is_to_be_l
         evaluate(Counted(), EvaluationView(images, 2), ALONE, 2)
     score = evaluate(Counted(), EvaluationView(images, 2, skip_bad=True), ALONE, 2)
     assert (score.count, score.top1) == (2, 0.5)
-    assert "image 1 cannot be read and is not counted" in caplog.text
+    assert "cannot be read and is not counted: image 1: truncated" in caplog.text
+    assert score.problems == ("image 1: truncated",)
     with pytest.raises(ValueError, match="readable images; got 0"):
         evaluate(Counted(), EvaluationView(Labelled([1], broken=(0,)), 2, skip_bad=True), ALONE, 2)
 

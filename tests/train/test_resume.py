@@ -135,7 +135,7 @@ def test_sigterm_saves_and_ends_with_status_0(tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     saved = load_checkpoint(tmp_path / "run" / "last").facts["step"]
-    assert f"stopped at step {saved}, --resume auto resumes" in said
+    assert f"stopped at step {saved} of 2000; --resume auto resumes" in said
     assert read_log(tmp_path / "run")[-1]["kind"] == "stop"
     resumed = train(faults.options(tmp_path, "run", num_steps=saved + 1, eval_every=5000, save_every=5000))
     assert resumed.last.count == 300
