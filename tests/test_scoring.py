@@ -99,12 +99,13 @@ def test_the_answers_of_ranks_are_put_back_in_order(size, monkeypatch, photograp
     classifier = ffvt.load(write_checkpoint(tmp_path / "run", data_root=str(photographs)), batch_size=1)
     whole = evaluate_checkpoint(classifier, ALONE)
     parts = []
-    monkeypatch.setattr(World, "gather", lambda self, value: parts.append(value) or [])
-    monkeypatch.setattr(World, "on_main", lambda self, function: function())
+    monkeypatch.setattr(World, "gather", lambda self, value: parts.append(value) or [] if value else [])
+    for method in ("on_main", "on_all"):
+        monkeypatch.setattr(World, method, lambda self, function: function())
     monkeypatch.setattr(World, "sum", lambda self, values: values + 1)  # so that a rank without images has a score
     for rank in range(size):
         evaluate_checkpoint(classifier, World(rank, size, torch.device("cpu")))
-    monkeypatch.setattr(World, "gather", lambda self, value: parts)
+    monkeypatch.setattr(World, "gather", lambda self, value: parts if value else [])
     found = evaluate_checkpoint(classifier, World(0, size, torch.device("cpu")))
     assert torch.equal(found.predicted, whole.predicted)
     torch.testing.assert_close(found.probability, whole.probability)

@@ -150,8 +150,6 @@ class LogLines:
         if state.step < state.options.num_steps and not stopped and state.world.is_main:
             best = state.best_step
             log.info("ended at step %d of %d: no new best since step %d", state.step, state.options.num_steps, best)
-        if stopped and state.world.is_main:
-            log.warning("stopped at step %d of %d; --resume auto resumes", state.step, state.options.num_steps)
 
 
 def duration(seconds: float) -> str:

@@ -68,7 +68,7 @@ USAGE_CASES = (
     ("train --last_block maybe", "maybe"),
     ("train --dataset imagenet", "imagenet"),
     ("train --model_type resnet50", "resnet50"),
-    ("train --model_type ''", "--model_type"),
+    ("train --model_type ''", "got model_type=''"),
     ("train --recipe nothing", "nothing"),
     ("train --fp16 --precision bf16", "precision='bf16'"),
     ("train --fsdp --fp16", "fsdp"),
