@@ -15,6 +15,7 @@ PROBLEM = Problem(1, 37, 2, 16, "fp32", num_select=3)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
+@pytest.mark.slow
 def test_the_attention_benchmark_writes_every_mode_and_rival_and_its_gate_can_fail(tmp_path, monkeypatch):
     out = tmp_path / "maws_attention.jsonl"
     monkeypatch.setattr(bench_maws_attention, "matmul_peak", lambda dtype, device, sides: 80.0)

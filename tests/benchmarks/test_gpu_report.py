@@ -88,6 +88,7 @@ def test_every_shape_is_measured_once_and_the_goals_come_first():
     assert len({*goals, *others}) == len(goals) + len(others) == 60
 
 
+@pytest.mark.slow
 def test_the_compiled_rival_is_left_to_one_shape(report, monkeypatch):
     from benchmarks import bench_maws_attention, gpu_report
 

@@ -46,6 +46,7 @@ def test_a_changed_picture_another_size_or_order_is_another_entry(photographs, t
     assert cache_key(paths, 48) != key
 
 
+@pytest.mark.slow
 def test_workers_read_the_cache_as_the_process_itself_does(photographs, tmp_path):
     images = cached(photographs, tmp_path / "cache")
     images[0]  # mapped here; a spawned worker must map it anew
@@ -90,6 +91,7 @@ def _open_in_child(paths, folder, sums):
     sums.put(int(open_cached(paths, 48, folder)[2].sum()))
 
 
+@pytest.mark.slow
 def test_processes_that_want_one_entry_build_it_once(photographs, tmp_path, caplog):
     paths = list(read_listing("imagefolder", "train", photographs).paths)
     context = multiprocessing.get_context("spawn")

@@ -272,6 +272,7 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler of torch.compile needs g++")
 def test_the_default_compiler_trains_in_one_graph():
     torch.compiler.reset()

@@ -21,6 +21,7 @@ def save(run, step, is_best=False, facts=FACTS, **state):
     return save_checkpoint(run, step, model.save_pretrained, {**facts, "step": step}, tensors, state, is_best)
 
 
+@pytest.mark.slow
 def test_kills_while_saving_leave_the_newest_checkpoint_whole(tmp_path):
     loadable, interrupted = faults.killed_while_saving(tmp_path, 6)
     assert loadable == 6

@@ -118,6 +118,7 @@ def test_an_unknown_recipe_is_refused_and_the_known_ones_are_named(capsys):
     assert all(name in shown for name in RECIPES)
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_with_flags_behind_it(tmp_path):
     data_root = LAYOUT_WRITERS["dog"](tmp_path / "data")
     more = [*QUICK, "--img_size", "64", "--resize_size", "80", "--num_token", "3", "--precision", "fp16"]

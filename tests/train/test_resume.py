@@ -109,6 +109,7 @@ def test_what_is_mixed_does_not_depend_on_the_number_of_processes(tmp_path):
         assert values(alone.folder, key=key) == pytest.approx(values(tmp_path / "both", key=key), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_sees_the_images_in_the_same_order(tmp_path, caplog):
     """The 2-process run is resumed by one process with twice the batch; without dropout its losses are the same."""
     changes = {"num_steps": 12, "save_every": 6, "eval_every": 100, "dropout": 0.0, "ema_decay": 0.0, "resume": ""}
@@ -141,6 +142,7 @@ def test_sigterm_saves_and_ends_with_status_0(tmp_path):
     assert resumed.last.count == 300
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_ranks_at_one_step(tmp_path):
     run = faults.options(tmp_path, "run", num_steps=5000, eval_every=9000, save_every=9000)
     process = subprocess.Popen(torchrun(2, flags(run)), stdout=subprocess.PIPE, text=True)
@@ -152,6 +154,7 @@ def test_sigterm_stops_all_ranks_at_one_step(tmp_path):
     assert (tmp_path / "run" / "last").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_under_torchrun_costs_nothing(tmp_path):
     assert faults.worker_killed_under_torchrun(tmp_path)
 
