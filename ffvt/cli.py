@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 from ffvt.exits import INTERRUPTED, OK, Parser, run_to_exit
 from ffvt.precision import PRECISIONS
-from ffvt.train.options import DEVICES, add_training_flags, read_options
+from ffvt.train.flags import add_training_flags, read_options
+from ffvt.train.options import DEVICES
 from ffvt.version import __version__
 
 PROGRAM = "ffvt"

@@ -18,7 +18,8 @@ from ffvt.report.page import Page
 from ffvt.report.pictures import hit_rate_bars, selection_grid, training_curve
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
-from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.flags import parse_training_flags
+from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
 from ffvt.train.signals import interruption
 

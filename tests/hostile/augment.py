@@ -17,7 +17,8 @@ from ffvt.data.datasets import recipe_for
 from ffvt.data.mixing import Mixing
 from ffvt.data.sampling import BalancedSampler, TrainingView, class_counts, class_weights
 from ffvt.data.transforms import AUGMENTATIONS, PLAIN, Recipe, augmented, erase, normalize, random_view
-from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.flags import parse_training_flags
+from ffvt.train.options import TrainOptions
 from ffvt.train.step import batch_loss
 from tests.hostile.case import Case
 

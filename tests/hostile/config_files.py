@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-from ffvt.train.options import parse_training_flags
+from ffvt.train.flags import parse_training_flags
 from tests.hostile.case import Case
 
 TEXTS = {  # what the file says: what the refusal must name

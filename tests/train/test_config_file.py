@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ffvt.train.config_file import config_text
-from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.flags import parse_training_flags
+from ffvt.train.options import TrainOptions
 
 
 def parsed(folder, text, *flags):

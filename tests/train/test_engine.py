@@ -14,7 +14,8 @@ from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
 from ffvt.train.engine import train
 from ffvt.train.evaluate import evaluate
-from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.flags import parse_training_flags
+from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
 from tests import faults
 from tests.helpers import SMALL, values

@@ -8,8 +8,9 @@ import pytest
 
 from ffvt.cli import make_parser
 from ffvt.data import transforms
+from ffvt.train.flags import add_training_flags, parse_training_flags
 from ffvt.train.memory import OPTIMIZER_TENSORS
-from ffvt.train.options import AUGMENTATIONS, OPTIMIZERS, TrainOptions, add_training_flags, parse_training_flags
+from ffvt.train.options import AUGMENTATIONS, OPTIMIZERS, TrainOptions
 from tests.helpers import AUTHORS_COMMANDS, flags
 
 

@@ -8,8 +8,8 @@ import torch
 from ffvt.cli import main
 from ffvt.model.config import make_config
 from ffvt.model.cost import flops_per_image
+from ffvt.train.flags import parse_training_flags
 from ffvt.train.memory import training_memory
-from ffvt.train.options import parse_training_flags
 from ffvt.train.plan import (
     EFFICIENCY,
     USABLE,

@@ -11,7 +11,7 @@ import pytest
 
 from ffvt.cli import main
 from ffvt.report.demo import RECIPE
-from ffvt.train.options import parse_training_flags
+from ffvt.train.flags import parse_training_flags
 from ffvt.train.recipes import RECIPES
 from ffvt.train.runlog import read_log
 from tests.data.layout_fixtures import LAYOUT_WRITERS

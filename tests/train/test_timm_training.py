@@ -19,8 +19,9 @@ from ffvt.train.data import open_data
 from ffvt.train.distributed import World
 from ffvt.train.engine import train
 from ffvt.train.evaluate import evaluate
+from ffvt.train.flags import parse_training_flags
 from ffvt.train.optim import make_optimizer
-from ffvt.train.options import TrainOptions, parse_training_flags
+from ffvt.train.options import TrainOptions
 from ffvt.train.plan import describe_plan
 from ffvt.train.state import build_model
 from tests.helpers import SMALL, launch, values
