@@ -33,7 +33,7 @@ LIMITS = (
     ),
     (r"Too many open files|items of ancdata", "too many open files: raise the limit (ulimit -n), or use --workers 0"),
     (
-        r"DataLoader worker.* (killed|exited)",
+        r"(DataLoader worker|loading process).* (killed|exited)",
         "a loading process died, perhaps for want of memory or of /dev/shm: --workers 0 does without",
     ),
     (

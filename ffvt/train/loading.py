@@ -91,6 +91,8 @@ class _Parcel:
 def _receive(sent: bytes) -> Any:
     try:
         return pickle.loads(sent)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        return _failure(RuntimeError(f"loading process exited before its batch was received: {error!r}"))
     except Exception as error:
         return _failure(error)
 

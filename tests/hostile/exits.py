@@ -284,7 +284,8 @@ def loading_process_dies(number: int, says: str, folder: Path) -> None:
     worker = max(command.processes())
     assert worker != command.process.pid
     os.kill(worker, number)
-    ended(command.end(), 1, says)
+    # PyTorch raises wherever the trainer is; in a __del__ Python prints that, and the run ends a bit later.
+    ended(command.end(), 1, says, trace=True)
 
 
 def killed_trainer_leaves_nobody(when: str, number: int, folder: Path) -> None:

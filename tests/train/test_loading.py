@@ -1,12 +1,14 @@
 """Loading in processes of their own gives the batches, and the errors, of loading in this one."""
 
 import multiprocessing
+import pickle
 
 import pytest
 import torch
 from torch.utils.data import default_collate
 
-from ffvt.train.loading import loading
+from ffvt.exits import explain
+from ffvt.train.loading import _receive, loading
 
 
 class Odd(Exception):
@@ -60,3 +62,20 @@ def test_the_processes_end_with_the_block():
         next(batches)
         assert len(multiprocessing.active_children()) == 2
     assert not multiprocessing.active_children()
+
+
+def raise_reset():
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class Reset:
+    """Meets a dead process when it is unpickled."""
+
+    def __reduce__(self):
+        return raise_reset, ()
+
+
+def test_a_process_that_dies_with_its_batch_is_said_to_have_died():
+    failure = _receive(pickle.dumps(Reset()))
+    assert "loading process exited" in str(failure.error)
+    assert "--workers 0" in explain(failure.error)
