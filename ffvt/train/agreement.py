@@ -16,7 +16,7 @@ from ffvt.train.options import TrainOptions
 from ffvt.version import __version__
 
 # Options that each rank may have of its own: where its machine has its files, and how it loads them.
-OWN = ("data_root", "cache_dir", "pretrained_dir", "workers", "prefetch", "rendezvous_timeout")
+OWN = ("data_root", "image_root", "cache_dir", "pretrained_dir", "workers", "prefetch", "rendezvous_timeout")
 
 
 def check_options(options: TrainOptions, world: World) -> None:

@@ -223,7 +223,9 @@ class TrainOptions:
     )
     eval_batch_size: int = option(16, "images per process and evaluation step", EVALUATION, authors=True, at_least=1)
     eval_split: str = option("test", "split that is evaluated", EVALUATION)
-    skip_bad_images: bool = option(False, "leave unreadable images out of evaluations instead of stopping", EVALUATION)
+    skip_bad_images: bool = option(
+        False, "start although images that are to be evaluated cannot be read; they are left out", EVALUATION
+    )
 
     name: str = option("ffvt", "name of the run, and of its folder under output_dir", RUN, authors=True)
     output_dir: str = option("output", "folder of the runs", RUN, authors=True)
