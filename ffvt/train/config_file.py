@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -66,6 +67,12 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
     return found
 
 
+def _yaml(value: Any) -> str:
+    """A value as JSON, which is YAML but for the letters beyond U+FFFF, which YAML does not write as two."""
+    pairs = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")
+    return pairs.sub(lambda pair: f"\\U{ord(json.loads(chr(34) + pair[0] + chr(34))):08x}", json.dumps(value))
+
+
 def config_text(options: Any) -> str:
     """A dataclass of options as YAML, by topic, each with its meaning, but for those of the start alone."""
     lines, group = ["# The options of a run. ffvt train --config FILE reads them; flags beside it override them."], ""
@@ -74,6 +81,6 @@ def config_text(options: Any) -> str:
             group = declared.metadata["group"]
             lines += ["", f"# {group}"]
         value = getattr(options, declared.name)
-        shown = "" if value is None else f" {json.dumps(value)}"  # every JSON scalar is YAML
+        shown = "" if value is None else f" {_yaml(value)}"
         lines.append(f"{declared.name}:{shown}  # {declared.metadata['help']}")
     return "\n".join(lines) + "\n"

@@ -24,11 +24,14 @@ from ffvt.data.sampling import (
     split_off,
 )
 from ffvt.data.transforms import Recipe
+from ffvt.errors import require
 from ffvt.model.registry import config_of, image_statistics
 from ffvt.train.data_record import Record, record_of
 from ffvt.train.distributed import World
 from ffvt.train.loading import loading
 from ffvt.train.options import TrainOptions
+
+LONGEST_CLASS = 1000  # letters, as a checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,10 @@ def open_data(options: TrainOptions) -> Data:
         training = ImageSubset(training, kept)
     if options.balanced_sampling:
         class_counts(training.labels, training.classes, "balanced_sampling")  # before anything is made
+    if options.class_weights != "none":
+        class_counts(training.labels, training.classes, "class_weights")
+    longest = max(training.classes, key=len)
+    require(len(longest) <= LONGEST_CLASS, "train", "classes", f"named in at most {LONGEST_CLASS} letters", longest)
     train = TrainingView(training, options.img_size, options.seed, recipe)
     return Data(train, validation, test, validation_split, splits)
 

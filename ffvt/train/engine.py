@@ -113,7 +113,7 @@ def _take_steps(state: TrainState, data: Data, run: RunFolder, lines: LogLines, 
     state.parallel.train()
     try:
         if state.step and _is_due(state) and state.evaluated_step != state.step:  # it was stopped before that
-            run.save(state, data, is_best=_evaluate(state, data, lines, asked), must=False)
+            run.save(state, data, is_best=_evaluate(state, data, lines, asked), must=_is_end(state))
         prepare, throughput = Preparation(data.recipe, data.mixing(options)), Throughput()
         with closing(_batches(state, data, run)) as batches:
             for batch in batches:
@@ -130,9 +130,11 @@ def _take_steps(state: TrainState, data: Data, run: RunFolder, lines: LogLines, 
                 if step.stop:
                     raise Stopped
                 is_best = is_due and _evaluate(state, data, lines, asked)
-                is_end = state.step == options.num_steps or _has_converged(state)
+                is_end = _is_end(state)
                 if is_best or is_end or state.step % options.save_every == 0:
                     run.save(state, data, is_best, must=is_end)
+                if is_end:
+                    break
                 if is_due:
                     throughput.restart()
     except Stopped:
@@ -142,8 +144,10 @@ def _take_steps(state: TrainState, data: Data, run: RunFolder, lines: LogLines, 
 
 def _batches(state: TrainState, data: Data, run: RunFolder) -> Iterator[TrainingBatch]:
     """This rank's batches to the last step; where one cannot be loaded on some rank, the run is saved and ends."""
+    if _is_end(state):
+        return
     with data.batches(state.options, state.world, state.step, state.samples) as batches:
-        while state.step < state.options.num_steps and not _has_converged(state):
+        while True:
             try:
                 batch = state.world.on_all(lambda: next(batches))
             except Exception:
@@ -158,10 +162,11 @@ def _is_due(state: TrainState) -> bool:
     return state.step % state.options.eval_every == 0 or state.step == state.options.num_steps
 
 
-def _has_converged(state: TrainState) -> bool:
-    """Whether the evaluation of this step is the last one that `early_stopping` allows without a new best."""
+def _is_end(state: TrainState) -> bool:
+    """Whether the step just made is the last: by number, or as `early_stopping` allows no more without a new best."""
     patience = state.options.early_stopping * state.options.eval_every  # steps
-    return bool(patience) and state.evaluated_step == state.step >= state.best_step + patience
+    waited = state.step - state.best_step if state.best is not None and state.evaluated_step == state.step else 0
+    return state.step == state.options.num_steps or 0 < patience <= waited
 
 
 def _evaluate(state: TrainState, data: Data, lines: LogLines, asked: StopRequest) -> bool:
@@ -198,10 +203,12 @@ def _final_scores(
         Stopped: it was `asked` to; the run was saved before.
     """
     if state.evaluated_step != state.step:
-        raise ValueError(
+        error = ValueError(
             f"train: the end must be evaluated; got an error, which the log names. The model of step {state.step} is "
             f"saved in {run.path / 'last'}, --resume auto evaluates it"
         )
+        error.of_rank = 0  # all ranks raise it
+        raise error
     if data.test is data.validation:
         return state.last, state.best or state.last
     last = best = _score(state, state.evaluated, data.test, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,10 +108,12 @@ def evaluate(
     sums = _Sums(len(view.images.classes), layers, first, world.device)
     problems: list[str] = []
 
-    def next_batch(batches: Iterator) -> None:
+    def fetch(batches: Iterator) -> Any:
         if stop():
             raise Stopped
-        batch = next(batches, None)
+        return next(batches, None)
+
+    def score_batch(batch: Any) -> None:
         images = torch.zeros(1, 3, view.image_size, view.image_size, dtype=torch.uint8) if batch is None else batch[0]
         with autocast(world.device, precision):
             logits, index = _run(model, normalize(images.to(world.device), view.recipe))
@@ -128,9 +131,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with loading(shard, default_collate, workers, batch_size=batch_size) as batches:
+        with ExitStack() as stack:  # no rank runs the model, or leaves, unless all do
+            loader = loading(shard, default_collate, workers, batch_size=batch_size)
+            batches = world.on_all(lambda: stack.enter_context(loader))
             for _ in range(0, len(range(0, len(view), world.size)), batch_size):  # as many as the longest shard has
-                world.on_all(lambda: next_batch(batches))
+                batch = world.on_all(lambda: fetch(batches))
+                world.on_all(lambda batch=batch: score_batch(batch))
     finally:
         model.train(was_training)
     score = sums.score(world, problems)

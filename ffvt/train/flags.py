@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ffvt.train.config_file import config_flags
-from ffvt.train.options import RUN, TrainOptions
+from ffvt.train.options import IN_EPOCHS, RUN, TrainOptions
 from ffvt.train.recipes import RECIPES
 
 IGNORED_FLAGS = ("local_rank", "fp16_opt_level")  # the authors'; torchrun and --precision decide
@@ -57,10 +57,24 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> T
     try:
         recipe = RECIPES[values.recipe].flags.split() if values.recipe else []
         file = config_flags(values.config, defaults) if values.config else []
-        values = parser.parse_args([*recipe, *file, *arguments])
-        return TrainOptions(**{declared.name: getattr(values, declared.name) for declared in fields(TrainOptions)})
+        options: dict[str, Any] = {}
+        for source in (recipe, file, arguments):
+            given = _given(parser, source)
+            for epochs, steps in IN_EPOCHS.items():
+                if steps in given:  # what is given in epochs by an earlier source counts no more
+                    options.pop(epochs, None)
+            options |= given
+        return TrainOptions(**options)
     except ValueError as error:
         parser.error(str(error).removeprefix("train: "))
+
+
+def _given(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The training options that stand in these arguments."""
+    absent = object()
+    names = [declared.name for declared in fields(TrainOptions)]
+    values = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name: getattr(values, name) for name in names if getattr(values, name) is not absent}
 
 
 def parse_training_flags(arguments: Sequence[str]) -> TrainOptions:

@@ -48,7 +48,9 @@ class LogLines:
         self.log, self.state, self.data = to, state, data
         self.flops_per_image = training_flops(state.model)
         self.peak_flops = peak_flops * state.world.size
-        self.warned: set[str] = set()
+        self.warned: set[str] = set()  # of this rank
+        self.written: set[str] = set()
+        self.unwritten: list[tuple[str, int]] = []  # of this rank: an image, the step
 
     def start(self) -> None:
         """What the run is, for people."""
@@ -61,6 +63,7 @@ class LogLines:
 
     def training(self, rate: float, throughput: Throughput) -> None:
         """The means since the last such line, unless every step since then was skipped."""
+        self._write_replaced()
         state = self.state
         if not state.world.any(bool(state.meter.sums[-1] > 0))[0]:
             return
@@ -95,8 +98,7 @@ class LogLines:
 
     def evaluation(self, step: int, split: str, score: Score, **which: str) -> None:
         """The score of the model of a step, and the images that were left out, each once."""
-        for problem in score.problems:
-            self._write_problem(problem, step)
+        self._write_problems([(problem, step) for problem in score.problems])
         self.log.write("evaluate", step=step, split=split, **which, **score.summary())
         if not which:
             log.info("step %d: %s top-1 %.4f, loss %.4f", step, split, score.top1, score.loss)
@@ -106,21 +108,27 @@ class LogLines:
         step, problem = self.state.step, printable(f"{type(error).__name__}: {error}", 300)
         self.log.write("unevaluated", step=step, error=problem)
         if self.state.world.is_main:
-            log.warning("the evaluation of step %d failed, training continues: %s", step, problem)
+            log.warning("the evaluation of step %d failed: %s", step, problem)
 
     def unreadable(self, problems: Sequence[str]) -> None:
-        """Images of this rank that were replaced, each once."""
+        """Images of this rank that were replaced, each once; the log gets those of all ranks with its next line."""
         for problem in problems:
-            if problem and self._write_problem(problem, self.state.step + 1):
+            if problem and problem not in self.warned:
+                self.warned.add(problem)
+                self.unwritten.append((problem, self.state.step + 1))
                 log.warning("an image cannot be read and is replaced by another: %s", problem)
 
-    def _write_problem(self, problem: str, step: int) -> bool:
-        """Logs an image that cannot be read; whether it is a new one."""
-        is_new = problem not in self.warned
-        if is_new:
-            self.warned.add(problem)
-            self.log.write("unreadable", step=step, problem=problem)
-        return is_new
+    def _write_problems(self, problems: Sequence[tuple[str, int]]) -> None:
+        """Logs images that cannot be read, each once, with the steps at which they were met."""
+        for problem, step in problems:
+            if problem not in self.written:
+                self.written.add(problem)
+                self.log.write("unreadable", step=step, problem=problem)
+
+    def _write_replaced(self) -> None:
+        """Logs what all ranks replaced since the last time."""
+        found, self.unwritten = self.state.world.gather(self.unwritten), []
+        self._write_problems([problem for part in found for problem in part])
 
     def skipped(self, index: torch.Tensor) -> None:
         """A step that was skipped, with its images of all ranks.
@@ -135,15 +143,18 @@ class LogLines:
         self.log.write("skip", step=state.step, images=names, loss_scale=scale)
         limit = state.options.max_skipped_steps
         if state.skipped_in_a_row > limit:
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"train: loss and gradients must be finite; got inf or NaN in {limit + 1} steps in a row, the last at "
                 f"step {state.step} with {', '.join(names[:NAMED])}{' and others' * (len(names) > NAMED)}. What helps "
                 f"most often: a lower learning_rate (it is {state.options.learning_rate:g}), max_grad_norm=1 (it is "
                 f"{state.options.max_grad_norm:g}), bf16 or fp32 instead of fp16"
             )
+            error.of_rank = 0  # all ranks raise it
+            raise error
 
     def end(self, last: Score | None, best: Score | None, seconds: float, stopped: bool) -> None:
         """How the run ended, or was stopped."""
+        self._write_replaced()
         state = self.state
         scores = {name: score.summary() if score else None for name, score in (("last", last), ("best", best))}
         self.log.write("stop" if stopped else "end", step=state.step, **scores, seconds=seconds)

@@ -65,7 +65,9 @@ class TrainOptions:
     dataset: str = option("CUB", f"data set: {', '.join(DATASETS)}", DATA, authors=True)
     data_root: str = option("./data", "folder of the data set", DATA, authors=True)
     img_size: int = option(448, "side of the image that the model sees, pixels", DATA, authors=True)
-    resize_size: int = option(600, "side to which images are resized before cropping", DATA, authors=True)
+    resize_size: int = option(
+        600, "side to which images are resized before cropping", DATA, authors=True, within="[1, 8192]"
+    )
     val_split: float = option(
         0.0,
         "fraction of the training images that chooses the best model, 0 for none: eval_split does",
@@ -198,7 +200,7 @@ class TrainOptions:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time", SPEED)
 
     save_every: int = option(
-        500, "steps between checkpoints; a new best, the end and SIGTERM save too", CHECKPOINTS, at_least=1
+        500, "steps between checkpoints; a new best, the end, Ctrl-C and SIGTERM save too", CHECKPOINTS, at_least=1
     )
     resume: str = option(
         "",
@@ -219,7 +221,10 @@ class TrainOptions:
         None, "epochs between evaluations; replaces eval_every", EVALUATION, kind=float, above=0
     )
     early_stopping: int = option(
-        0, "end after this many evaluations in a row without a new best, 0: never", EVALUATION, at_least=0
+        0,
+        "end after this many evaluations in a row, failed ones too, without a new best; 0: never",
+        EVALUATION,
+        at_least=0,
     )
     eval_batch_size: int = option(16, "images per process and evaluation step", EVALUATION, authors=True, at_least=1)
     eval_split: str = option("test", "split that is evaluated", EVALUATION)
@@ -229,7 +234,7 @@ class TrainOptions:
 
     name: str = option("ffvt", "name of the run, and of its folder under output_dir", RUN, authors=True)
     output_dir: str = option("output", "folder of the runs", RUN, authors=True)
-    seed: int = option(42, "seed of weights, order, crops and dropout", RUN, authors=True)
+    seed: int = option(42, "seed of weights, order, crops and dropout", RUN, authors=True, within="[-9e18, 9e18]")
     device: str = option("auto", "where to train", RUN, choices=DEVICES)
     rendezvous_timeout: float = option(300.0, "seconds to wait for the other processes at the start", RUN, above=0)
     log_every: int = option(10, "steps between lines of the log", RUN, at_least=1)
@@ -248,6 +253,8 @@ class TrainOptions:
         is_below = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
         self._require(is_below, "name", "the name of a folder below output_dir")
         self._require(not (self.fp16 and self.precision == "bf16"), "precision", "fp16 (or left out) with fp16=True")
+        held_out = bool(self.val_split) and self.eval_split == "val"
+        self._require(not held_out, "eval_split", "another than val, which with val_split is what that holds out")
         divides = self.train_batch_size % parts == 0
         self._require(divides, "train_batch_size", f"a multiple of gradient_accumulation_steps={parts}")
         self._require(not (self.resume and self.overwrite), "overwrite", f"left out with resume={self.resume!r}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ffvt.errors import printable
+from ffvt.errors import printable, require
 from ffvt.files import clear, write_whole
 from ffvt.train.checkpoint import FACTS_FILE, STATE_FILE, SUMS_FILE, newest_whole, verify_checkpoint
 from ffvt.train.contents import read_facts, read_state
@@ -25,11 +25,14 @@ LAUNCH_FILE = ".launch"  # in a run's folder: which torchrun began it
 FREE_OPTIONS = ("name", "output_dir", "resume", "overwrite", "strict")  # may change without a word on resuming
 NEUTRAL_OPTIONS = (  # change nothing in the result of a run that is resumed
     "data_root",
+    "image_root",
     "cache_dir",
     "workers",
     "prefetch",
     "pretrained_dir",
     "max_skipped_steps",
+    "rendezvous_timeout",
+    "skip_bad_images",
     "save_every",
     "log_every",
     "tensorboard",
@@ -127,6 +130,10 @@ def check_fit(checkpoint: Path, options: TrainOptions, data: Data, world_size: i
         raise ValueError(f"checkpoint: {checkpoint} must be of one step; got {facts['step']} and {step} in its files")
     if facts["classes"] != data.classes:
         raise ValueError(f"train: classes must be the checkpoint's; got {_few(data.classes)}")
+    batch, now = facts["options"].get("train_batch_size"), options.train_batch_size * world_size
+    if options.epochs is not None and batch is not None:
+        before = batch * state["world_size"]
+        require(now == before, "train", "train_batch_size * processes", f"the checkpoint's {before} with epochs", now)
     if step > options.num_steps:
         raise ValueError(
             f"train: num_steps must be at least the checkpoint's {step}; got num_steps={options.num_steps}"

@@ -186,9 +186,9 @@ def check_apart(options: TrainOptions, run: Path) -> None:
         ValueError: one is, or holds, the other.
     """
     own = Path(os.path.realpath(run))
-    for name in ("data_root", "cache_dir"):
+    for name in ("data_root", "image_root", "cache_dir"):
         given = getattr(options, name)
-        if not given or (name == "data_root" and canonical_name(options.dataset) == "partbirds"):
+        if not given or (name != "cache_dir" and canonical_name(options.dataset) == "partbirds"):
             continue
         other = Path(os.path.realpath(given))
         apart = own != other and own not in other.parents and other not in own.parents

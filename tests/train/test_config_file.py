@@ -19,7 +19,7 @@ def test_what_is_written_reads_back_as_the_same_options(tmp_path):
     options = TrainOptions(
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.2, 0.2),
-        name="mon modèle: #1",
+        name="mon modèle 🐦: #1",
         depth=3,
         fp16=True,
         learning_rate=1e-5,

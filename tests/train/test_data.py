@@ -90,4 +90,4 @@ def test_a_training_part_that_lacks_a_class_cannot_be_balanced(monkeypatch):
         open_data(TrainOptions(**SMALL, val_split=0.1, balanced_sampling=True))
     options = TrainOptions(**SMALL, val_split=0.1, class_weights="sqrt")
     with pytest.raises(ValueError, match="class_weights needs training images of every class; got none of 'amber-"):
-        open_data(options).class_weights(options, ALONE.device)
+        open_data(options)

@@ -9,7 +9,7 @@ import torch
 
 from ffvt.data.datasets import open_split
 from ffvt.data.sampling import EvaluationView, TrainingView
-from ffvt.train import engine
+from ffvt.train import engine, run_folder
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.distributed import World
 from ffvt.train.engine import train
@@ -177,3 +177,39 @@ def test_early_stopping_ends_a_run_that_finds_no_new_best_and_a_resumed_one_stay
     again = train(faults.options(tmp_path, "run", **{**changes, "resume": "auto"}))
     assert again.last.summary() == result.last.summary()
     assert values(again.folder, "train", "step")[-1] == 8
+
+
+def test_a_run_that_goes_on_from_another_does_not_count_that_ones_steps_as_waiting(tmp_path):
+    first = train(faults.options(tmp_path, "first", **QUIET))
+    changes = {**QUIET, "num_steps": 12, "early_stopping": 1, "resume": str(first.folder)}
+    second = train(faults.options(tmp_path, "second", **changes))
+    assert values(second.folder, "train", "step")[-1] == 12
+    assert load_checkpoint(second.folder / "last").facts["step"] == 12
+
+
+def test_a_new_best_that_cannot_be_saved_does_not_end_a_run_that_stops_early(tmp_path, monkeypatch):
+    tops = iter([0.2, 0.1, 0.3, 0.4])
+    real = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *given: replace(real(*given), top1=next(tops)))
+    save, saves = run_folder.save_checkpoint, []
+
+    def full_at_6(folder, step, *given):
+        saves.append(step)
+        if step == 6:
+            raise OSError(28, "No space left on device")
+        save(folder, step, *given)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", full_at_6)
+    result = train(faults.options(tmp_path, "run", **{**QUIET, "eval_every": 2, "early_stopping": 2, "save_every": 99}))
+    assert saves == [2, 6, 8]
+    assert (result.last.top1, result.best.top1) == (0.4, 0.4)
+
+
+def test_images_that_a_run_replaces_are_in_its_log(tmp_path, photographs):
+    path = next((photographs / "train").rglob("*.png"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    changes = {**QUIET, "dataset": "imagefolder", "data_root": str(photographs), "resize_size": 80, "num_steps": 4}
+    result = train(faults.options(tmp_path, "run", **changes, log_every=4, preset="default"))
+    (problem,) = values(result.folder, "unreadable", "problem")
+    assert path.name in problem

@@ -138,3 +138,13 @@ def test_epochs_become_steps_of_all_processes():
     least = TrainOptions(epochs=0.01, warmup_epochs=0, eval_epochs=0.01).in_steps(images=10, world_size=1)
     assert (least.num_steps, least.warmup_steps, least.eval_every) == (1, 0, 1)
     assert TrainOptions(num_steps=7).in_steps(images=10, world_size=3) == TrainOptions(num_steps=7)
+
+
+def test_steps_given_later_replace_epochs_given_before(tmp_path):
+    options = parse_training_flags(["--recipe", "finetune", "--num_steps", "100", "--eval_every", "10"])
+    steps = options.in_steps(images=1000, world_size=1)
+    assert (steps.num_steps, steps.eval_every, steps.warmup_epochs) == (100, 10, 0.4)
+    (tmp_path / "k.yaml").write_text("num_steps: 50\nepochs:\n")
+    assert parse_training_flags(["--recipe", "finetune", "--config", str(tmp_path / "k.yaml")]).epochs is None
+    assert parse_training_flags(["--num_steps", "7", "--epochs", "2"]).in_steps(8, 1).num_steps == 2
+    assert parse_training_flags(["--recipe", "finetune", "--epochs", "3"]).epochs == 3

@@ -204,3 +204,11 @@ def test_a_worker_killed_before_the_first_checkpoint_costs_nothing(tmp_path):
 @pytest.fixture(autouse=True)
 def _warnings_reach_caplog(caplog):
     caplog.set_level(logging.INFO, logger="ffvt")
+
+
+def test_a_run_counted_in_epochs_keeps_its_batch(tmp_path):
+    changes = {"num_steps": 8, "epochs": 8 / 187.5}  # 1,500 images in batches of 8
+    first = train(faults.options(tmp_path, "first", **changes))
+    again = {**changes, "train_batch_size": 16, "resume": str(first.folder)}
+    with pytest.raises(ValueError, match=r"the checkpoint's 8 with epochs; got train_batch_size \* processes=16"):
+        train(faults.options(tmp_path, "second", **again))
