@@ -251,6 +251,7 @@ def visible(tab):
     )
 
 
+@pytest.mark.slow
 def test_in_a_browser_the_search_finds_files_and_classes(opened):
     assert len(visible(opened)) == 5
     opened.keyboard.press("/")
@@ -265,6 +266,7 @@ def test_in_a_browser_the_search_finds_files_and_classes(opened):
     assert len(visible(opened)) == 5
 
 
+@pytest.mark.slow
 def test_in_a_browser_right_and_wrong_are_told_apart_and_ordered(opened):
     right, wrong = (len(opened.query_selector_all(f"article[data-correct='{flag}']")) for flag in "10")
     for flag, count in (("1", right), ("0", wrong), ("", 5)):
@@ -283,6 +285,7 @@ def shown_groups(tab, within):
     )
 
 
+@pytest.mark.slow
 def test_in_a_browser_the_layers_are_toggled(opened):
     assert shown_groups(opened, "article") == ["heat"]
     opened.check("input[name=show][value=l2]", force=True)
@@ -293,6 +296,7 @@ def test_in_a_browser_the_layers_are_toggled(opened):
     assert shown_groups(opened, "article") == []
 
 
+@pytest.mark.slow
 def test_in_a_browser_the_keyboard_does_everything(opened):
     opened.keyboard.press("ArrowRight")
     opened.keyboard.press("ArrowRight")
@@ -312,6 +316,7 @@ def test_in_a_browser_the_keyboard_does_everything(opened):
     assert not opened.is_visible("#detail")
 
 
+@pytest.mark.slow
 def test_in_a_browser_nothing_is_wider_than_the_screen_and_pictures_are_drawn(opened):
     assert opened.evaluate("document.documentElement.scrollWidth") == 390
     sizes = opened.eval_on_selector_all("article img", "images => images.map((image) => image.naturalWidth)")
