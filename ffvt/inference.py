@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,8 +13,9 @@ from torch import Tensor, nn
 
 from ffvt.data.datasets import recipe_for
 from ffvt.data.images import UNREADABLE, read_image, to_rgb, to_square, upright
+from ffvt.data.threads import each_ahead
 from ffvt.data.transforms import evaluation_view, normalize
-from ffvt.errors import require
+from ffvt.errors import printable, require
 from ffvt.model.registry import image_statistics
 from ffvt.model.selection import without_registers
 from ffvt.precision import PRECISIONS, autocast
@@ -79,9 +77,12 @@ class Classifier:
     def transform(self, picture: Picture) -> Tensor:
         """What the model sees of a picture, normalised: `classifier.model(classifier.transform(p)[None])` gives logits.
 
+        Files and PIL images are turned upright by their EXIF orientation. The published data sets are read without
+        that, as their authors read them; so of their few turned files training and `ffvt evaluate` see another view.
+
         Args:
             picture: a file's path, a PIL image of any mode, or pixels (3, H, W) of any size, uint8 or floating-point in
-                [0, 1]. Files and PIL images are turned upright by their EXIF orientation.
+                [0, 1].
 
         Returns:
             (3, S, S) fp32, on the CPU.
@@ -106,7 +107,7 @@ class Classifier:
         width, height = size
         if self.fit != "stretch":
             width = height = min(size) if self.fit == "crop" else max(size)
-        seen = 1.0 if self.recipe.resized_crop else self.model.config.image_size / self.facts["resize_size"]
+        seen = 1.0 if self.recipe.whole else self.model.config.image_size / self.facts["resize_size"]
         x, y, half_width, half_height = size[0] / 2, size[1] / 2, width * seen / 2, height * seen / 2
         return x - half_width, y - half_height, x + half_width, y + half_height
 
@@ -150,32 +151,14 @@ class Classifier:
         Raises:
             TypeError: an item is no picture. ValueError: a plain ViT is asked for its selection.
         """
-        with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(threads)) if threads else None
-            if pool is not None:
-                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            read = partial(self._read_ahead, pool=pool, ahead=self.batch_size + 2 * threads)
+        with closing(each_ahead(self._read, pictures, threads, self.batch_size + 2 * threads)) as read:
             batch = []
-            for item in read(iter(pictures)):
+            for item in read:
                 batch.append(item)
                 if len(batch) == self.batch_size:
                     yield from self._predict(batch, selection)
                     batch = []
             yield from self._predict(batch, selection)
-
-    def _read_ahead(
-        self, pictures: Iterator[Picture | Refused], pool: ThreadPoolExecutor | None, ahead: int
-    ) -> Iterator[tuple[Any, Tensor | Exception]]:
-        if pool is None:
-            yield from map(self._read, pictures)
-            return
-        waiting: deque[Future] = deque()
-        for picture in pictures:
-            waiting.append(pool.submit(self._read, picture))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
     def _read(self, picture: Picture | Refused) -> tuple[Any, Tensor | Exception]:
         """A picture beside its view, or beside why there is none."""
@@ -267,5 +250,5 @@ def _find_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # PyTorch's ways to say no
-        raise ValueError(f"load: device must be one that is present; got device={device!r}") from error
+        raise ValueError(f"load: device must be one that is present; got device={printable(repr(device))}") from error
     return found
