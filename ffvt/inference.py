@@ -57,7 +57,7 @@ class Classifier:
         model: the model, in evaluation mode.
         classes: the classes' names, in the order of the logits.
         recipe: the normalisation, and how an image is cropped.
-        facts: what the checkpoint says of its training: "options", "resize_size", "step", the score.
+        facts: what the checkpoint says of its training: "options", "resize_size", "mean", "std", "step", the score.
         precision, batch_size: what `load` was given.
     """
 
@@ -66,7 +66,11 @@ class Classifier:
         require(batch_size >= 1, "load", "batch_size", "at least 1", batch_size)
         self.model, self.facts, self.precision, self.batch_size = model.eval(), facts, precision, batch_size
         self.classes: list[str] = facts["classes"]
-        self.recipe = recipe_for(facts["options"], *image_statistics(facts["options"].get("model_type", "")))
+        if "mean" in facts and "std" in facts:
+            statistics = facts["mean"], facts["std"]
+        else:  # of an earlier version, to which the weights' own were nothing
+            statistics = image_statistics(facts["options"].get("model_type", ""))
+        self.recipe = recipe_for(facts["options"], *statistics)
         self.fit: str = facts["options"].get("fit", "stretch")
 
     @property
