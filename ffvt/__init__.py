@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from ffvt.model.config import FFVTConfig
     from ffvt.model.ffvt import FFVT, ViT, create_model
     from ffvt.model.layers import MAWSAttention
-    from ffvt.model.registry import load_pretrained
+    from ffvt.model.registry import load_pretrained, load_weights
     from ffvt.model.selection import Selection
     from ffvt.model.timm_record import record_attention
-    from ffvt.model.weights import LoadReport, load_weights
+    from ffvt.model.weights import LoadReport
 
 __all__ = [
     "FFVT",
@@ -66,11 +66,11 @@ _HOMES = {  # module: the names that are defined there; a module that is public 
     "ffvt.kernels.ops": ("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),
     "ffvt.model.config": ("FFVTConfig",),
     "ffvt.model.ffvt": ("FFVT", "ViT", "create_model"),
-    "ffvt.model.registry": ("load_pretrained",),
+    "ffvt.model.registry": ("load_pretrained", "load_weights"),
     "ffvt.model.layers": ("MAWSAttention",),
     "ffvt.model.selection": ("Selection",),
     "ffvt.model.timm_record": ("record_attention",),
-    "ffvt.model.weights": ("LoadReport", "load_weights"),
+    "ffvt.model.weights": ("LoadReport",),
 }
 
 

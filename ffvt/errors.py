@@ -34,7 +34,7 @@ def as_integer(where: str, name: str, value: object) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise TypeError(f"{where}: {name} must be an integer; got {name}={value!r}")
+    raise TypeError(f"{where}: {name} must be an integer; got {name}={printable(repr(value))}")
 
 
 def printable(text: str, limit: int = 200) -> str:

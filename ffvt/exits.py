@@ -19,6 +19,7 @@ PIPE_CLOSED, INTERRUPTED, TERMINATED = 141, 130, 143  # as a shell counts a deat
 LONGEST = 480  # characters of a message
 # What bad input, missing extras, a full disk or a diverged run raise; anything else is our mistake and shows its trace.
 USAGE_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+REFUSED_TYPE = r"\S+: .* must .*; got "  # how this package says that a value has the wrong type
 # Of all other errors those that a machine's limits raise: what they say, in other words and with what helps.
 LIMITS = (
     (
@@ -89,11 +90,13 @@ def run_to_exit(command: Callable[[], int | None], name: str) -> int:
 def explain(error: Exception) -> str | None:
     """What an error says to a user, in one line; None for a mistake of ours."""
     said = f"{type(error).__name__}: {error}"
-    if not isinstance(error, USAGE_ERRORS) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENOMEM):
+    is_refused = isinstance(error, TypeError) and re.match(REFUSED_TYPE, str(error)) is not None
+    is_usage = is_refused or isinstance(error, USAGE_ERRORS)
+    if not is_usage or getattr(error, "errno", None) in (errno.EMFILE, errno.ENOMEM):
         for pattern, help in LIMITS:
             if re.search(pattern, said):
                 return f"{help}; got {printable(said.strip().splitlines()[0], 200)}"
-    return printable(str(error) or said, LONGEST) if isinstance(error, USAGE_ERRORS) else None
+    return printable(str(error) or said, LONGEST) if is_usage else None
 
 
 def _nobody_listens() -> bool:

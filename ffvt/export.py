@@ -23,6 +23,7 @@ from ffvt.files import write_whole
 from ffvt.kernels.decompositions import decompositions
 from ffvt.model.ffvt import ViT
 from ffvt.model.selection import SelectingModel
+from ffvt.model.timm_base import OfTimm
 
 if TYPE_CHECKING:
     from ffvt.inference import Classifier
@@ -73,7 +74,8 @@ def export_model(
     the largest one, and its picks the model's wherever these do not hang on rounding.
 
     Args:
-        model: an `FFVT`, a plain `ViT`, or what `add_feature_fusion` returns; fp32. It is not changed.
+        model: an `FFVT`, a plain `ViT`, what `add_feature_fusion` returns, or a plain `create_model("timm:NAME")`;
+            fp32. It is not changed.
         path: `.onnx` for ONNX, `.pt2` for a program that `torch.export.load` reads. An older file is replaced.
         image_size: S, pixels; by default what the model was built for.
         with_selection: whether the file also returns `index` (B, L-1, K) int64 and `score` (B, L-1, N) fp32.
@@ -116,14 +118,17 @@ def export_classifier(classifier: Classifier, path: str | Path, **options: Any) 
     """`export_model` of a trained classifier, with all that its images go through among the facts of the file.
 
     The facts: "classes" in the order of the logits; "resize_size", to whose square an image is resized, bilinear, as
-    "fit" says (`to_square`), before its middle `image_size` x `image_size` is taken; "mean" and "std" of the channels
-    R, G, B, after a division by 255.
+    "fit" says (`to_square`), before its middle `image_size` x `image_size` is taken, or, with "whole", all of it is
+    resized to that; "upright", whether an image is first turned as its EXIF orientation says; "mean" and "std" of the
+    channels R, G, B, after a division by 255.
     """
     recipe = classifier.recipe
     facts = {
         "classes": classifier.classes,
+        "upright": True,
         "fit": classifier.fit,
         "resize_size": classifier.facts["resize_size"],
+        "whole": recipe.whole,
         "mean": recipe.mean,
         "std": recipe.std,
     }
@@ -155,7 +160,9 @@ class _Traced(nn.Module):
         if self.with_selection:
             logits, selection = self.model.forward_with_selection(images)
             return logits, selection.index, selection.score
-        return (self.model.head(self.model.forward_features(images)),)
+        if isinstance(self.model, SelectingModel):  # a fused model of transformers wraps its logits
+            return (self.model.head(self.model.forward_features(images)),)
+        return (self.model(images),)
 
 
 def _check_target(path: Path, opset: int | None, check: int) -> tuple[_Format, int | None]:
@@ -184,7 +191,7 @@ def _check_target(path: Path, opset: int | None, check: int) -> tuple[_Format, i
 
 
 def _check_model(model: nn.Module, with_selection: bool) -> None:
-    if not isinstance(model, (ViT, SelectingModel)):
+    if not isinstance(model, (ViT, SelectingModel, OfTimm)):
         raise TypeError(f"{NAME}: model must be one of this package's; got a {type(model).__name__}")
     others = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if others:

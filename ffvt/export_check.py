@@ -25,18 +25,21 @@ class Comparison:
         excused: those among them whose logits differ by more than TOLERANCE, as the picks of a layer hang on rounding.
         difference: largest difference of the logits of all others, as a share of the largest.
         picks: layers of images whose picks are clear, and were compared; 0 where the file does not return them.
+        is_zero: whether the model's logits are all zero, as those of a new head are: they would hide any difference.
     """
 
     images: int
     excused: int
     difference: float
     picks: int
+    is_zero: bool
 
     def summary(self) -> str:
         said = f"compared on {self.images} random images: logits within {self.difference:.1e} of the largest"
         excused = f" but for {self.excused} images whose picks hang on rounding" if self.excused else ""
         picks = f", the same picks in {self.picks} layers of them" if self.picks else ""
-        return said + excused + picks
+        zero = "; the logits are all zero (an untrained head), which says nothing of the rest" if self.is_zero else ""
+        return said + excused + picks + zero
 
 
 class Expected(NamedTuple):
@@ -70,29 +73,30 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     exact = copy.deepcopy(model).double()
     images = excused = picks = 0
-    difference = 0.0
+    difference, is_zero = 0.0, True
     for size in batch_sizes:
         batch = torch.randn(size, 3, image_size, image_size, generator=generator)
         expected = expect(model, exact, batch)
         logits, *selection = run(batch)
         kept = _comparable(logits, expected)
         difference = max(difference, _close("logits", logits[kept], expected.logits[kept]))
+        is_zero = is_zero and not expected.logits.any()
         images, excused = images + size, excused + int((~kept).sum())
         if selection:
             picks += _compare_picks(*selection, expected)
     if excused == images:
         raise ValueError(f"export: an image must have clear picks to be compared; got none among {images}")
-    return Comparison(images, excused, difference, picks)
+    return Comparison(images, excused, difference, picks, is_zero)
 
 
 def expect(model: nn.Module, exact: nn.Module, images: Tensor) -> Expected:
     """What `model` gives for images (B, 3, S, S), and which picks are clear; `exact` is the same model in fp64."""
     if not isinstance(model, SelectingModel):
-        return Expected(model.head(model.forward_features(images)), None, None, None)
+        return Expected(model(images), None, None, None)
     logits, (index, score) = model.forward_with_selection(images)
     truth = exact.forward_with_selection(images.double())[1].score
     error = (score - truth).abs().amax(-1)  # (B, L-1)
-    candidates = truth[..., getattr(model, "config", model).first_candidate :]
+    candidates = truth[..., model.first_candidate :]
     best = candidates.topk(min(index.shape[-1] + 1, candidates.shape[-1])).values
     gap = best[..., -2] - best[..., -1] if best.shape[-1] > index.shape[-1] else torch.inf
     return Expected(logits, index, score, gap > CLEAR * error)

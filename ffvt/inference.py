@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,8 +13,9 @@ from torch import Tensor, nn
 
 from ffvt.data.datasets import recipe_for
 from ffvt.data.images import UNREADABLE, read_image, to_rgb, to_square, upright
+from ffvt.data.threads import each_ahead
 from ffvt.data.transforms import evaluation_view, normalize
-from ffvt.errors import require
+from ffvt.errors import printable, require
 from ffvt.model.registry import image_statistics
 from ffvt.model.selection import without_registers
 from ffvt.precision import PRECISIONS, autocast
@@ -59,7 +57,7 @@ class Classifier:
         model: the model, in evaluation mode.
         classes: the classes' names, in the order of the logits.
         recipe: the normalisation, and how an image is cropped.
-        facts: what the checkpoint says of its training: "options", "resize_size", "step", the score.
+        facts: what the checkpoint says of its training: "options", "resize_size", "mean", "std", "step", the score.
         precision, batch_size: what `load` was given.
     """
 
@@ -68,7 +66,11 @@ class Classifier:
         require(batch_size >= 1, "load", "batch_size", "at least 1", batch_size)
         self.model, self.facts, self.precision, self.batch_size = model.eval(), facts, precision, batch_size
         self.classes: list[str] = facts["classes"]
-        self.recipe = recipe_for(facts["options"], *image_statistics(facts["options"].get("model_type", "")))
+        if "mean" in facts and "std" in facts:
+            statistics = facts["mean"], facts["std"]
+        else:  # of an earlier version, to which the weights' own were nothing
+            statistics = image_statistics(facts["options"].get("model_type", ""))
+        self.recipe = recipe_for(facts["options"], *statistics)
         self.fit: str = facts["options"].get("fit", "stretch")
 
     @property
@@ -79,9 +81,12 @@ class Classifier:
     def transform(self, picture: Picture) -> Tensor:
         """What the model sees of a picture, normalised: `classifier.model(classifier.transform(p)[None])` gives logits.
 
+        Files and PIL images are turned upright by their EXIF orientation. The published data sets are read without
+        that, as their authors read them; so of their few turned files training and `ffvt evaluate` see another view.
+
         Args:
             picture: a file's path, a PIL image of any mode, or pixels (3, H, W) of any size, uint8 or floating-point in
-                [0, 1]. Files and PIL images are turned upright by their EXIF orientation.
+                [0, 1].
 
         Returns:
             (3, S, S) fp32, on the CPU.
@@ -106,7 +111,7 @@ class Classifier:
         width, height = size
         if self.fit != "stretch":
             width = height = min(size) if self.fit == "crop" else max(size)
-        seen = 1.0 if self.recipe.resized_crop else self.model.config.image_size / self.facts["resize_size"]
+        seen = 1.0 if self.recipe.whole else self.model.config.image_size / self.facts["resize_size"]
         x, y, half_width, half_height = size[0] / 2, size[1] / 2, width * seen / 2, height * seen / 2
         return x - half_width, y - half_height, x + half_width, y + half_height
 
@@ -150,32 +155,14 @@ class Classifier:
         Raises:
             TypeError: an item is no picture. ValueError: a plain ViT is asked for its selection.
         """
-        with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(threads)) if threads else None
-            if pool is not None:
-                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            read = partial(self._read_ahead, pool=pool, ahead=self.batch_size + 2 * threads)
+        with closing(each_ahead(self._read, pictures, threads, self.batch_size + 2 * threads)) as read:
             batch = []
-            for item in read(iter(pictures)):
+            for item in read:
                 batch.append(item)
                 if len(batch) == self.batch_size:
                     yield from self._predict(batch, selection)
                     batch = []
             yield from self._predict(batch, selection)
-
-    def _read_ahead(
-        self, pictures: Iterator[Picture | Refused], pool: ThreadPoolExecutor | None, ahead: int
-    ) -> Iterator[tuple[Any, Tensor | Exception]]:
-        if pool is None:
-            yield from map(self._read, pictures)
-            return
-        waiting: deque[Future] = deque()
-        for picture in pictures:
-            waiting.append(pool.submit(self._read, picture))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
     def _read(self, picture: Picture | Refused) -> tuple[Any, Tensor | Exception]:
         """A picture beside its view, or beside why there is none."""
@@ -267,5 +254,5 @@ def _find_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # PyTorch's ways to say no
-        raise ValueError(f"load: device must be one that is present; got device={device!r}") from error
+        raise ValueError(f"load: device must be one that is present; got device={printable(repr(device))}") from error
     return found

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +14,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from ffvt.data.images import NAMED_LETTERS
 from ffvt.data.own_readers import PICTURE_SUFFIXES
 from ffvt.errors import printable, require
 from ffvt.inference import Classifier, Found, Prediction, Refused, load
 
 PATH_LETTERS = 4096  # of a path that is shown, more than Linux allows
+ANSWERS = {  # how files of each form begin
+    "text": rb"[^\n]+(: (\d+\.\d% |error: )|\n +\d+\.\d%  )",
+    "json": rb'\{"image": "',
+    "csv": b"image,class_1,probability_1",
+}
+ANSWERS_START = 4 * PATH_LETTERS + 100  # bytes that show it
 
 
 def find_images(sources: Iterable[str], lists: Sequence[str] = ()) -> Iterator[Path | Refused]:
@@ -66,28 +74,37 @@ def _of_path(source: str) -> Iterator[Path | Refused]:
 
 def _of_folder(folder: Path, entered: set[Path]) -> Iterator[Path | Refused]:
     """Files first, then folders, each sorted; links are followed, but no folder is entered twice."""
-    real = folder.resolve()
-    if real in entered:
-        return
-    entered.add(real)
     try:
+        real = folder.resolve()
+        if real in entered:
+            return
+        entered.add(real)
         entries = sorted(
             (entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda entry: entry.name
         )
     except OSError as error:
         yield Refused(str(folder), error)
         return
-    yield from (folder / e.name for e in entries if Path(e.name).suffix.lower() in PICTURE_SUFFIXES and e.is_file())
+    inner = []
     for entry in entries:
-        if entry.is_dir():
-            yield from _of_folder(folder / entry.name, entered)
+        path = folder / entry.name
+        try:
+            if entry.is_dir():
+                inner.append(path)
+            elif path.suffix.lower() in PICTURE_SUFFIXES and entry.is_file():
+                yield path
+        except OSError as error:  # a link in a circle, or into a folder that may not be read
+            yield Refused(str(path), error)
+    for path in inner:
+        yield from _of_folder(path, entered)
 
 
 def problem_of(prediction: Prediction) -> str:
     """Why an image has no answer, in one line without its name."""
     error, name = prediction.error, str(name_of(prediction))
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return printable(text.rpartition(f"{name!r}: ")[2] or text)
+    named = f"'{printable(name, NAMED_LETTERS)}': "  # as `open_image` names it
+    return printable(text.rpartition(named)[2])
 
 
 def name_of(prediction: Prediction) -> str:
@@ -185,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     require(bool(arguments.images or arguments.list), "predict", "images", "given: files, folders, lists or -", [])
     form = "json" if arguments.json else "csv" if arguments.csv else "text"
     given = {name: getattr(arguments, name) for name in ("device", "precision", "batch_size")}
-    check_output(arguments.output)
+    check_output(arguments.output, form, [*arguments.images, *arguments.list])
     classifier = load(arguments.checkpoint, **given)
     images = find_images(arguments.images, arguments.list)
     with _opened(arguments.output) as to:
@@ -197,8 +214,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def check_output(output: str) -> None:
-    """Refuses an output that is an image, which might be one of those to read, or a folder, before any work.
+def check_output(output: str, form: str, sources: Iterable[str]) -> None:
+    """Refuses an output that would cost another file or has no folder, before any work.
+
+    form: "text", "json" or "csv"; a file that is there must be empty, or hold earlier answers in it.
+    sources: images and lists, as `find_images` takes them.
 
     Raises:
         ValueError, FileNotFoundError: `output` is named in the message.
@@ -209,7 +229,14 @@ def check_output(output: str) -> None:
     is_file = path.suffix.lower() not in PICTURE_SUFFIXES and not path.is_dir()
     require(is_file, "predict", "output", "a text file, no image and no folder", output)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"predict: the folder of output must exist; got output={output!r}")
+        raise FileNotFoundError(f"predict: the folder of output must exist; got output={printable(repr(output))}")
+    if path.is_file():
+        is_read = any(os.path.exists(name) and path.samefile(name) for name in (s.removeprefix("@") for s in sources))
+        require(not is_read, "predict", "output", "none of the images and lists", output)
+        with path.open("rb") as file:
+            start = file.read(ANSWERS_START)
+        is_old = not start or re.match(ANSWERS[form], start) is not None
+        require(is_old, "predict", "output", f"new or earlier answers as {form}, other files stay", output)
 
 
 def _opened(output: str) -> AbstractContextManager[TextIO]:

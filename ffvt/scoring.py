@@ -179,6 +179,7 @@ def open_images(
             "ran: --data_root says where it is now"
         )
     share = options["val_split"] if split == "val" and dataset == canonical_name(options["dataset"]) else 0
+    inherited = options.get("image_root", "") if dataset == "csv" and not data_root else ""
     images = open_split(
         dataset,
         "train" if share else split,
@@ -190,7 +191,8 @@ def open_images(
         classes=classifier.classes,
         cache_dir=cache_dir,
         fit=classifier.fit,
-        image_root=image_root or ("" if data_root else options.get("image_root", "")),
+        image_root=image_root or inherited,
+        whole=classifier.recipe.whole,
     )
     if list(images.classes) != classifier.classes:
         raise ValueError(f"{dataset} must have the classes of the checkpoint; got {list(images.classes)[:3]} and so on")

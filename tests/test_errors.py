@@ -27,6 +27,12 @@ def test_what_does_not_count_is_refused_by_name(value):
         as_integer("place", "count", value)
 
 
+def test_a_refused_integer_is_shown_in_a_bounded_line():
+    with pytest.raises(TypeError) as raised:
+        as_integer("place", "count", "x" * 10**6)
+    assert len(str(raised.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -30,6 +30,7 @@ def raising(error):
         ),
         (RuntimeError("[gloo] Connection closed by peer [::1]:9"), 1, "ffvt train: another rank has ended"),
         (ValueError("x" * 10**6), 1, "ffvt train: xxx"),
+        (TypeError("export_model: model must be fp32; got torch.half"), 1, "ffvt train: export_model: model must be"),
         (KeyboardInterrupt(), 130, "ffvt train: interrupted"),
         (Terminated(), 143, "ffvt train: terminated"),
     ],
@@ -44,7 +45,11 @@ def test_an_error_ends_with_its_status_and_one_line(error, status, said, capsys)
     assert len(line) < 500
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shapes differ"), AssertionError()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("x"), RuntimeError("shapes differ"), TypeError("f() has no x"), AssertionError()],
+    ids=repr,
+)
 def test_a_mistake_of_ours_keeps_its_trace(error):
     assert explain(error) is None
     with pytest.raises(type(error)):

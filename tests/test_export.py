@@ -10,7 +10,7 @@ import torch
 import ffvt
 from ffvt import export
 from ffvt.export_check import compare, expect
-from tests.helpers import tiny_model
+from tests.helpers import tiny_model, write_checkpoint
 
 SMALL = dict(image_size=32, embed_dim=32, depth=3, num_heads=2, mlp_dim=32, num_select=2)
 
@@ -131,17 +131,52 @@ def test_a_program_keeps_its_facts_and_picks_where_asked(tmp_path):
     assert report.compared.picks == 2
 
 
+@pytest.fixture
+def timm_vit():
+    """A small ViT of timm with registers."""
+    module = pytest.importorskip("timm.models.vision_transformer")
+    return module.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, reg_tokens=2)
+
+
 @pytest.mark.slow
-def test_what_timm_built_is_exported_too(tmp_path):
-    timm_vit = pytest.importorskip("timm.models.vision_transformer")
-    vit = timm_vit.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, reg_tokens=2)
-    model = ffvt.add_feature_fusion(vit, num_select=3, num_classes=5)
+def test_what_timm_built_is_exported_too(timm_vit, tmp_path):
+    model = ffvt.add_feature_fusion(timm_vit, num_select=3, num_classes=5)
     torch.nn.init.normal_(model.head.weight)
     report = ffvt.export_model(model, tmp_path / "m.pt2", with_selection=True, check=2)
     assert report.compared.picks > 0
     program = torch.export.load(tmp_path / "m.pt2").module()
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(program(images)[0], model.eval()(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_picks_of_a_fused_timm_model_are_compared(timm_vit):
+    model = ffvt.add_feature_fusion(timm_vit, num_select=3, num_classes=5).eval()
+    torch.nn.init.normal_(model.head.weight)
+    found = compare(model, lambda images: [model(images), *model.forward_with_selection(images)[1]], 32, (2,))
+    assert found.picks > 0
+
+
+def test_a_plain_timm_model_is_exported_too(tmp_path):
+    pytest.importorskip("timm")
+    sizes = dict(image_size=32, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    model = ffvt.create_model("timm:vit_tiny_patch16_224", **sizes, feature_fusion=False)
+    report = ffvt.export_model(model, tmp_path / "m.pt2", check=1)
+    assert report.images == ("batch", 3, 32, 32)
+    assert not report.compared.is_zero
+    with pytest.raises(ValueError, match="with_selection must be False"):
+        ffvt.export_model(model, tmp_path / "m.pt2", with_selection=True)
+    with pytest.raises(TypeError, match="model must be one of this package's; got a Linear"):
+        ffvt.export_model(torch.nn.Linear(2, 2), tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "cifar10"])
+def test_the_facts_say_all_that_an_image_goes_through(dataset, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(export, "export_model", lambda model, path, *, facts: seen.update(facts))
+    export.export_classifier(ffvt.load(write_checkpoint(tmp_path, dataset=dataset)), "m.pt2")
+    assert seen["upright"] is True
+    assert seen["whole"] == (dataset == "cifar10")
+    assert seen["resize_size"] == 72
 
 
 @pytest.mark.slow
@@ -191,6 +226,14 @@ def test_a_file_that_computes_something_else_is_noticed(run, message):
     model = trained_model().eval()
     with pytest.raises(ValueError, match=message):
         compare(model, run(model), 32, (1, 3))
+
+
+def test_a_comparison_of_zeros_says_so():
+    model = tiny_model(**SMALL).eval()
+    found = compare(model, lambda images: [model(images) * 7], 32, (1,))
+    assert "the logits are all zero" in found.summary()
+    trained = trained_model().eval()
+    assert "zero" not in compare(trained, lambda images: [trained(images)], 32, (1,)).summary()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A trained model at work: what it takes, what it answers, and how much it holds at once."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,7 @@ def test_unreadable_files_and_bad_arguments_are_refused(run, tmp_path):
     for given, message in (
         ({"device": "moon"}, "got device='moon'"),
         ({"device": "cuda:99"}, "got device='cuda:99'"),
+        ({"device": "m" * 10**6}, r"^load: device .{,300}$"),
         ({"precision": "fp8"}, "got precision='fp8'"),
         ({"batch_size": 0}, "got batch_size=0"),
     ):
@@ -175,16 +177,18 @@ def test_lower_precision_is_close(run, paths):
 
 
 @pytest.mark.parametrize(
-    ("fit", "size", "region"),
+    ("fit", "size", "region", "recipe"),
     [
-        ("stretch", (144, 72), (8, 4, 136, 68)),
-        ("crop", (144, 72), (40, 4, 104, 68)),
-        ("pad", (144, 72), (8, -28, 136, 100)),
+        ("stretch", (144, 72), (8, 4, 136, 68), {}),
+        ("crop", (144, 72), (40, 4, 104, 68), {}),
+        ("pad", (144, 72), (8, -28, 136, 100), {}),
+        ("stretch", (144, 72), (8, 4, 136, 68), {"resized_crop": 0.3}),
+        ("stretch", (144, 72), (0, 0, 144, 72), {"whole": True}),
     ],
 )
-def test_the_region_is_what_is_left_of_a_picture_after_fit_and_crop(run, fit, size, region):
+def test_the_region_is_what_is_left_of_a_picture_after_fit_and_crop(run, fit, size, region, recipe):
     classifier = ffvt.load(run)
-    classifier.fit = fit
+    classifier.fit, classifier.recipe = fit, replace(classifier.recipe, **recipe)
     assert classifier.region(size) == pytest.approx(region)  # 64 of 72 pixels are kept
 
 

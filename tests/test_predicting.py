@@ -68,6 +68,13 @@ def test_a_circle_of_links_is_gone_round_once(photos):
     assert names(find_images([str(photos)]), photos) == ["a.jpg", "b.png", "sub/c.PNG"]
 
 
+def test_a_link_to_itself_costs_its_own_line(photos):
+    (photos / "loop").symlink_to("loop")
+    *images, refused = sorted(find_images([str(photos)]), key=lambda found: isinstance(found, Refused))
+    assert names(images, photos) == ["a.jpg", "b.png", "sub/c.PNG"]
+    assert (refused.name, type(refused.error)) == (str(photos / "loop"), OSError)
+
+
 def test_an_empty_folder_and_a_missing_list_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     empty, missing = find_images([str(tmp_path / "empty"), "@nowhere.txt"])
@@ -178,6 +185,8 @@ def test_memory_does_not_grow_with_the_number_of_images(run):
 
 
 def test_what_cannot_work_is_refused_in_one_line(run, photos, tmp_path, capsys):
+    answers = tmp_path / "answers.txt"
+    answers.write_text("a.jpg: 98.1% kite\n")
     for arguments, message in (
         ([photos, "--top", "0"], "top must be at least 1; got top=0"),
         ([photos, "--batch_size", "0"], "got batch_size=0"),
@@ -186,9 +195,30 @@ def test_what_cannot_work_is_refused_in_one_line(run, photos, tmp_path, capsys):
         ([photos, "--output", photos / "a.jpg"], "output must be a text file"),
         ([photos, "--output", photos], "output must be a text file"),
         ([photos, "--output", tmp_path / "missing" / "x.txt"], "folder of output must exist"),
+        ([photos, "--output", photos / "notes.txt"], "new or earlier answers as text, other files stay"),
+        ([photos, "--csv", "--output", answers], "new or earlier answers as csv, other files stay"),
+        ([f"@{answers}", "--output", answers], "none of the images and lists"),
+        (["--list", answers, "--output", answers], "none of the images and lists"),
     ):
         assert predict(run, *arguments) == 1
         err = capsys.readouterr().err.strip()
         assert message in err
         assert "\n" not in err
     assert (photos / "a.jpg").stat().st_size > 0
+    assert answers.read_text() == "a.jpg: 98.1% kite\n"
+
+
+@pytest.mark.parametrize("form", ["text", "json", "csv"])
+def test_earlier_answers_of_the_same_form_are_replaced(run, photos, tmp_path, form):
+    output, flag = tmp_path / "found", [] if form == "text" else [f"--{form}"]
+    for given in ([photos], [photos / "a.jpg"], [photos / "gone.png"], [photos]):
+        output.touch()
+        assert predict(run, *given, *flag, "--output", output) == (given == [photos / "gone.png"])
+    assert len(output.read_text().splitlines()) == 3 + (form == "csv")
+
+
+def test_a_problem_is_told_without_the_images_name_whatever_it_is(run, photos, capsys):
+    odd = photos / "it's.png"
+    odd.write_bytes(b"no picture")
+    assert predict(run, odd) == 1
+    assert capsys.readouterr().out.startswith(f"{odd}: error: it is none of JPEG")

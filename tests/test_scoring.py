@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,20 @@ def test_a_data_root_that_was_told_from_elsewhere_asks_for_the_flag(tmp_path):
     classifier = ffvt.load(write_checkpoint(tmp_path / "run", data_root="photos"))
     with pytest.raises(ValueError, match="got 'photos'.*--data_root"):
         evaluate_checkpoint(classifier, ALONE)
+
+
+def test_a_model_that_sees_images_whole_takes_smaller_ones(photographs, tmp_path):
+    classifier = ffvt.load(write_checkpoint(tmp_path / "run", data_root=str(photographs)))
+    classifier.facts["resize_size"] = 32
+    with pytest.raises(ValueError, match="resize_size must be at least img_size=64; got resize_size=32"):
+        open_images(classifier)
+    classifier.recipe = replace(classifier.recipe, whole=True)
+    assert evaluate_checkpoint(classifier, ALONE).score.count == 4
+
+
+def test_the_image_root_of_a_list_is_none_of_a_folder(photographs, tmp_path):
+    run = write_checkpoint(tmp_path / "run", dataset="csv", data_root=str(photographs), image_root="pictures")
+    assert len(open_images(ffvt.load(run), dataset="imagefolder")) == 4
 
 
 def test_other_classes_are_refused(photographs, tmp_path):

@@ -183,6 +183,7 @@ def open_split(
     workers: int = 0,
     fit: str = "stretch",
     image_root: str = "",
+    whole: bool = False,
 ) -> ImageSet:
     """One split of a data set by name.
 
@@ -190,7 +191,8 @@ def open_split(
     (`fit`: stretch, crop or pad) after those of an "imagefolder" or "csv" are turned upright; with `cache_dir` they are
     decoded once, by `workers` threads, and then read from there. "partbirds" is made from `preset` and `seed`, without
     files; it and CIFAR have a size of their own. `classes` gives the labels of an "imagefolder" or "csv" (else the
-    training split does); `image_root` is the folder of the images that a "csv" lists (else data_root is).
+    training split does); `image_root` is the folder of the images that a "csv" lists (else data_root is). `whole` says
+    that the images are scaled to image_size, not cropped, so that resize_size may be smaller.
 
     Raises:
         ValueError: an unknown name or split, sizes that do not fit, or files that do not make the data set.
@@ -200,7 +202,7 @@ def open_split(
         return _open_partbirds(split, image_size, preset, seed)
     if name in CIFAR:
         return ArrayImages(*read_cifar(name, split, data_root))
-    if resize_size < image_size:
+    if resize_size < image_size and not whole:
         raise ValueError(f"{name}: resize_size must be at least img_size={image_size}; got resize_size={resize_size}")
     listing = read_listing(name, split, data_root, classes, image_root)
     files = PictureFiles(listing, resize_size, LAYOUTS[name].upright, fit)

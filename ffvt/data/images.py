@@ -23,6 +23,7 @@ UNREADABLE = (OSError, ValueError)  # what reading a file raises where it cannot
 FITS = ("stretch", "crop", "pad")  # ways to make a square
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean, which normalising takes to zero
 EXHAUSTED = (errno.EMFILE, errno.ENFILE)  # it is not the file's fault
+NAMED_LETTERS = 600  # of a path in a message
 TURNS = {  # EXIF's orientations, and what undoes them
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,7 +63,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:  # damage makes decoders raise whatever their code happens to: RuntimeError, struct.error
         if isinstance(error, OSError) and error.errno in EXHAUSTED:
             raise
-        name = printable(str(path), 600)
+        name = printable(str(path), NAMED_LETTERS)
         raise ValueError(f"load_image: path must be a readable image; got '{name}': {_reason(error)}") from error
 
 

@@ -1,11 +1,12 @@
-"""Many files, one function, several threads: with progress, in order, and soon over when it is interrupted."""
+"""Many items, one function, several threads: results in order, and soon over when it is interrupted."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -30,5 +31,27 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], title: str, 
                 for result in pool.map(function, items[start : start + AT_ONCE]):
                     progress.update()
                     yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def each_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+    """function(item) of every item, in their order, computed by `threads` threads (0: each when it is asked for).
+
+    Items are drawn as they are needed: at most `ahead` + 1 of them wait or are computed, so there may be any number.
+    A loop that ends early waits for the items at hand only.
+    """
+    if not threads:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

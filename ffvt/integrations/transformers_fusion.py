@@ -65,6 +65,15 @@ class FusedTransformer(SelectingModel):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def num_selecting(self) -> int:
+        return len(attrgetter(self.family.layers)(self.vit)) - 1
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        registers = getattr(self.vit.config, "num_register_tokens", 0)
+        return 1 + registers + hasattr(self.vit.embeddings, "distillation_token")
+
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Classifies images.
 

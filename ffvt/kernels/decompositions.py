@@ -2,7 +2,7 @@
 
 What: the forward of every operator of `torch.ops.ffvt` that a model calls, in operations that every exporter knows.
 How: attention by scaled_dot_product_attention; row 0 and column 0 of the logits as two thin fp32 products per head; the
-    picks by a stable sort, so that equal scores keep their order on every run time.
+    picks by topk of fp64 keys in which the position breaks ties, so that equal scores keep their order everywhere.
 Memory: nothing of N x N elements beyond what the run time's own attention keeps.
 Limits: no gradient. The forced backend is ignored, and nothing is checked: the traced program has been.
 Source: FFVT section 3.2; `backend_torch` is the same for the device at hand, `reference` defines it.

@@ -31,15 +31,12 @@ def read_config(where: str, folder: Path) -> FFVTConfig:
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, another library's, or a value does not hold.
     """
-    path = existing_file(where, folder, CONFIG_FILE)
-    if path == folder:
-        raise ValueError(
-            f"{where}: source must be a folder with {CONFIG_FILE}; got a file, {printable(repr(str(path)))}"
-        )
-    found = read_json(where, path)
+    found = read_fields(where, folder)
     known = [declared.name for declared in fields(FFVTConfig)]
     missing, unknown = [name for name in REQUIRED if name not in found], [name for name in found if name not in known]
-    shown = printable(repr(str(path)))
+    shown = printable(repr(str(folder / CONFIG_FILE)))
+    if "timm" in found:
+        raise ValueError(f"{where}: {shown} must be a configuration of FFVT; got one of timm (ffvt.load_pretrained)")
     if "model_type" in found or "architecture" in found:
         kind = found.get("model_type", found.get("architecture"))
         hint = "ffvt.load_weights takes the weights of such a model into one of ffvt.create_model"
@@ -54,6 +51,20 @@ def read_config(where: str, folder: Path) -> FFVTConfig:
         return FFVTConfig(**found)
     except ValueError as error:
         raise ValueError(f"{where}: {shown} is no configuration of FFVT: {error}") from error
+
+
+def read_fields(where: str, folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says, whoever wrote it.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged, or no regular file.
+    """
+    path = existing_file(where, folder, CONFIG_FILE)
+    if path == folder:
+        raise ValueError(
+            f"{where}: source must be a folder with {CONFIG_FILE}; got a file, {printable(repr(str(path)))}"
+        )
+    return read_json(where, path)
 
 
 def read_json(where: str, path: Path) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def check_foreign_config(where: str, folder: Path, config: FFVTConfig) -> None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
-    found = read_json(where, path)
+    found = {name: value for name, value in read_json(where, path).items() if value is not None}  # null: left open
     heads = found.get("num_attention_heads", found.get("num_heads", config.num_heads))
     if heads != config.num_heads:
         raise ValueError(

@@ -22,7 +22,7 @@ from ffvt.model.hub import WEIGHTS_FILE, locate, push
 from ffvt.model.layers import LAYER_NORM_EPS, MLP, Block, ClassBlock, PatchEmbed, PrunedSelectingBlock, SelectingBlock
 from ffvt.model.selection import SelectingModel, Selection
 from ffvt.model.weight_files import check_header, existing_file
-from ffvt.model.weights import load_weights
+from ffvt.model.weights import load_own_weights
 
 log = logging.getLogger("ffvt")
 
@@ -153,7 +153,7 @@ class ViT(nn.Module):
             check_header("from_pretrained", weights, kind(config).state_dict())
         config = replace_fields("from_pretrained", config, overrides)
         model = cls(config) if config.feature_fusion == cls.feature_fusion else from_config(config)
-        report = load_weights(model, weights)
+        report = load_own_weights(model, weights)
         new = [name for name in report.left if not (name.startswith("head.") and "num_classes" in overrides)]
         if new:
             shown = f"{', '.join(new[:3])} with overrides {printable(', '.join(overrides)) or 'none'}"

@@ -6,23 +6,25 @@ fields of config.json. Nothing else in the package has to know both.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ffvt.errors import printable
 from ffvt.model.config import FFVTConfig, make_config
+from ffvt.model.config_files import read_fields
 from ffvt.model.cost import count_flops, flops_per_image
 from ffvt.model.ffvt import FFVT, from_config
-from ffvt.model.hub import CONFIG_FILE, WEIGHTS_FILE
-from ffvt.model.weights import LoadReport, load_weights
+from ffvt.model.hub import CONFIG_FILE, WEIGHTS_FILE, locate
+from ffvt.model.timm_base import OfTimm
+from ffvt.model.weight_files import check_header, existing_file, read_header
+from ffvt.model.weights import LoadReport, load_own_weights
 
-MAX_CONFIG = 1 << 20  # bytes of a config.json
+NAME = "load_pretrained"
 
 
 def is_timm(model_type: str) -> bool:
@@ -52,102 +54,98 @@ def model_of(config: Any) -> nn.Module:
     return make_timm_model(config)
 
 
-def load_any_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random"
-) -> LoadReport:
-    """`ffvt.load_weights` for a model of either kind."""
-    if isinstance(model.config, FFVTConfig):
-        return load_weights(model, source, last_block)
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random") -> LoadReport:
+    """Loads weights into a model of `ffvt.create_model`, or a fused one of timm, in place; on errors it is unchanged.
+
+    Args:
+        model: the model; also compiled, or wrapped in DistributedDataParallel.
+        source: a file; a folder with model.safetensors, as `save_pretrained` and transformers write it; a name,
+            "timm:NAME", "hf:ORG/NAME" or plain "ORG/NAME" (`ffvt.model.hub.locate`); or a mapping of names to arrays.
+            Its layout is recognised by content. A model of ours takes many (`ffvt.model.weights.load_own_weights`); one
+            of timm takes the layouts that timm reads for its architecture, and ours of such a model. Partial mappings
+            are fine, the rest stays as it is. Positions of another size are interpolated. The head is loaded where its
+            shape fits, else it stays. Values are cast to the parameters' dtype.
+        last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the
+            source has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
+            A model without feature fusion always takes them.
+
+    Returns:
+        LoadReport: loaded, resized, left, ignored, cast.
+
+    Raises:
+        FileNotFoundError: no such path, repository or file of a repository.
+        ConnectionError: a name that is not in the Hub's cache, and the Hub cannot be reached; the message says what to
+            download. ImportError: a name without huggingface_hub (or timm).
+        TypeError: model is no such model.
+        ValueError: an unreadable, truncated, unrecognised or pickled source, a size or shape that does not fit, or an
+            unknown `last_block`. Pickles are never run, and only regular files are opened.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(model, OfTimm):
+        return load_own_weights(model, source, last_block)
     from ffvt.model.timm_weights import load_timm_weights
 
     return load_timm_weights(model, source, last_block)
 
 
-def load_pretrained(folder: str | Path) -> nn.Module:
-    """The model that `save_pretrained` wrote, of either kind, on the CPU: as config.json says. Never uses the network.
+def load_pretrained(source: str | Path, **download: Any) -> nn.Module:
+    """The model that `save_pretrained` wrote, of either kind, on the CPU and in evaluation mode: as config.json says.
 
-    A model of timm comes in evaluation mode.
+    Args:
+        source: its folder, for which the network is never used; or a repository of the Hugging Face Hub, "ORG/NAME".
+        download: arguments of huggingface_hub.hf_hub_download (revision, token, cache_dir, ...).
 
     Returns:
         An `FFVT` or `ViT`; or a fused or plain timm ViT, where config.json has "timm".
 
     Raises:
-        FileNotFoundError: no config.json or model.safetensors there.
-        ValueError: one of them does not fit. Nothing is made before the shapes in the file fit the configuration.
+        FileNotFoundError: no config.json or model.safetensors there, or no such repository.
+        ConnectionError: the Hub cannot be reached, and its cache lacks the repository.
+        ValueError: one of the files does not fit. Nothing is made before the shapes in the file fit the configuration.
         ImportError: it is a timm model, and timm is missing.
     """
-    folder = Path(folder)
-    fields = _read_fields(folder / CONFIG_FILE)
+    folder = locate(NAME, source, **download)
+    fields = read_fields(NAME, folder)
     return _load_timm(folder, fields) if "timm" in fields else FFVT.from_pretrained(folder)
 
 
 def _load_timm(folder: Path, fields: dict[str, Any]) -> nn.Module:
     from ffvt.model.timm_models import TimmConfig, make_timm_model, outline
 
-    weights = folder / WEIGHTS_FILE
+    weights = existing_file(NAME, folder)
+    shown = printable(repr(str(folder)))
     try:
         config = TimmConfig(**fields)
     except TypeError as error:
-        raise ValueError(f"load_pretrained: {folder / CONFIG_FILE} is no configuration: {error}") from error
-    if not weights.exists():
-        raise FileNotFoundError(f"load_pretrained: folder must have {WEIGHTS_FILE}; got {str(folder)!r}")
-    given = _shapes(weights)
-    blocks = config.depth or 0
-    wrong = [f"{blocks} blocks"] if blocks > len(given) else []  # before they are made, if only in outline
-    if not wrong:
-        expected = {name: tuple(tensor.shape) for name, tensor in outline(config).state_dict().items()}
-        wrong = [name for name in expected | given if expected.get(name) != given.get(name)]
-    if wrong:
-        shown = printable(", ".join(wrong[:3]))
-        raise ValueError(f"load_pretrained: {weights} must hold the weights of {config.timm}; it differs in {shown}")
+        raise ValueError(f"{NAME}: {CONFIG_FILE} of {shown} is no configuration: {printable(str(error))}") from error
+    if (config.depth or 0) > len(read_header(NAME, weights)):  # before they are made, if only in outline
+        raise ValueError(f"{NAME}: {WEIGHTS_FILE} of {shown} must hold {config.depth} blocks; got fewer tensors")
+    check_header(NAME, weights, outline(config).state_dict(), config.timm)
     model = make_timm_model(config)
     model.load_state_dict(load_file(weights))
     return model.eval()
 
 
-def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a safetensors file, whose numbers must be floating-point, without reading them."""
-    try:
-        with safe_open(weights, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            kinds = {part.get_dtype() for part in parts.values()}
-            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-    except Exception as error:
-        raise ValueError(f"load_pretrained: {weights} must be a safetensors file: {printable(str(error))}") from error
-    if not kinds <= {"F64", "F32", "F16", "BF16"}:
-        found = printable(", ".join(sorted(kinds)))
-        raise ValueError(f"load_pretrained: {weights} must hold floating-point numbers; got {found}")
-    return shapes
+def image_statistics(model_type: str, weights: str = "") -> tuple[tuple[float, ...], ...]:
+    """Mean and deviation per channel of the images that weights of timm were trained on, in [0, 1].
 
+    Args:
+        model_type: the model.
+        weights: what it starts from; where that is a name of timm, its statistics come first.
 
-def _read_fields(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"load_pretrained: folder must have {CONFIG_FILE}; got {str(path.parent)!r}")
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-        if len(text) > MAX_CONFIG:
-            raise ValueError(f"it has more than {MAX_CONFIG} bytes")
-        fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise ValueError(f"it holds a {type(fields).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_pretrained: {path} must be a model's configuration: {printable(str(error))}") from error
-    return fields
-
-
-def image_statistics(model_type: str) -> tuple[tuple[float, ...], ...]:
-    """Mean and deviation per channel of the images that a timm model's weights were trained on, in [0, 1]; nothing, (),
-    for a model of ours, which goes by its data set's.
+    Returns:
+        Nothing, (), where neither is a name of timm: the data set's hold.
 
     Raises:
         ValueError: timm knows no such model. ImportError: timm is missing.
     """
-    if not is_timm(model_type):
+    names = [name.removeprefix("timm:") for name in (weights, model_type) if is_timm(name)]
+    if not names:
         return ()
     from ffvt.model.timm_models import check_name
 
-    name = model_type.removeprefix("timm:")
+    name = names[0]
     check_name(name)
     from timm.models import get_pretrained_cfg
 

@@ -123,7 +123,8 @@ def _make_vit(config: TimmConfig) -> nn.Module:
     if config.dropout:
         sizes |= {"pos_drop_rate": config.dropout, "proj_drop_rate": config.dropout}
     try:
-        with warnings.catch_warnings(action="ignore"):  # of initial weights without memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of initial weights without memory
             vit = timm.create_model(
                 config.timm, pretrained=False, img_size=config.image_size, num_classes=config.num_classes, **sizes
             )

@@ -20,13 +20,13 @@ NAME = "load_weights"
 
 
 def load_timm_weights(model: OfTimm, source: str | Path | Mapping[str, Any], last_block: str = "random") -> LoadReport:
-    """Loads weights into a model made of a timm ViT, in place; on any error it is unchanged.
+    """`ffvt.load_weights` into a model made of a timm ViT.
 
     Args:
         model: the model.
         source: weights of its architecture, in any layout that timm itself reads (positions and patches of other sizes
-            are resampled by timm); or what `save_pretrained` wrote of such a model. Partial mappings are fine, the rest
-            stays as it is, and so does a head of another shape.
+            are resampled by timm), or what `save_pretrained` wrote of such a model; no other layout. Partial mappings
+            are fine, the rest stays as it is, and so does a head of another shape.
         last_block: "random" leaves the fusion block and the norm behind it as they are, as the authors do, unless the
             source is of a fused model; "pretrained" takes both from the source's last block.
 
@@ -36,10 +36,11 @@ def load_timm_weights(model: OfTimm, source: str | Path | Mapping[str, Any], las
     require(last_block in LAST_BLOCKS, NAME, "last_block", " or ".join(map(repr, LAST_BLOCKS)), last_block)
     entries, others = read_tensors(model, source)
     is_ours = any(name.startswith("vit.") for name in entries)
+    is_fused = is_ours and any(name.startswith("head.") for name in entries)  # a plain one has timm's, vit.head.
     entries = {name.removeprefix("vit."): value for name, value in entries.items()}
     found = _translate(model, entries)
     own = {name.removeprefix("vit."): tensor for name, tensor in model.state_dict().items()}
-    at_random = () if is_ours or last_block == "pretrained" else _fusion_names(model)
+    at_random = () if is_fused or last_block == "pretrained" else _fusion_names(model)
     report = LoadReport("ours of a timm model" if is_ours else "timm")
     report.ignored = {name: f"no floating-point tensor but {kind}" for name, kind in others.items()}
     place = _place(found, own, at_random, report)

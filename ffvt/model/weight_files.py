@@ -84,8 +84,12 @@ def read_header(where: str, path: Path) -> dict[str, tuple[str, tuple[int, ...]]
         raise ValueError(f"{where}: weights must be a safetensors file; got {shown}: {_reason(error)}") from error
 
 
-def check_header(where: str, path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+def check_header(
+    where: str, path: Path, expected: Mapping[str, torch.Tensor], model: str = "its configuration"
+) -> None:
     """Compares what a safetensors file holds with the state dict that it is to fill, which may lie on "meta".
+
+    model: what that is of, for the message.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or no floating-point tensor.
@@ -109,7 +113,7 @@ def check_header(where: str, path: Path, expected: Mapping[str, torch.Tensor]) -
     told = [f"{problem} {_some(names)}" for problem, names in problems.items() if names]
     if told:
         shown = printable(repr(str(path)))
-        raise ValueError(f"{where}: {shown} must hold the weights of its configuration; got others: {'; '.join(told)}")
+        raise ValueError(f"{where}: {shown} must hold the weights of {model}; got others: {'; '.join(told)}")
 
 
 def _some(names: list[str]) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ffvt.errors import printable
 from ffvt.model.config import LAST_BLOCKS, FFVTConfig
@@ -63,41 +62,27 @@ class LoadReport:
         )
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random") -> LoadReport:
-    """Loads weights into an `FFVT` or a `ViT`, in place; on any error the model is unchanged.
+def load_own_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random"
+) -> LoadReport:
+    """`ffvt.load_weights` into an `FFVT` or a `ViT`.
 
     Args:
         model: an `ffvt.create_model` model.
-        source: a file; a folder with model.safetensors, as `save_pretrained` and transformers write it; a name,
-            "timm:NAME", "hf:ORG/NAME" or plain "ORG/NAME" (`ffvt.model.hub.locate`); or a mapping of names to arrays.
-            Recognised by content: Google's ViT .npz; the authors' state dict (.bin, .pt, .npz, .safetensors); ours;
-            timm's; Hugging Face's ViT, DeiT, DINOv2, MSN and MAE. Our layer norms add 1e-6, as Google's and timm's do,
-            also where a Hugging Face configuration says 1e-12. Partial mappings are fine, the rest stays as it is. A
-            position grid of another size is interpolated as the authors do (bilinear, corners aligned). The head is
-            loaded where its shape fits, else it stays. Values are cast to the parameters' dtype.
-        last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the
-            source has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
-            A plain ViT (feature_fusion=False) always takes them.
-
-    Returns:
-        LoadReport: loaded, resized, left, ignored, cast.
-
-    Raises:
-        FileNotFoundError: no such path, repository or file of a repository.
-        ConnectionError: a name that is not in the Hub's cache, and the Hub cannot be reached; the message says what to
-            download. ImportError: a name without huggingface_hub (or timm).
-        TypeError: model is no ffvt model.
-        ValueError: an unreadable, truncated, unrecognised or pickled source, a size or shape that does not fit, or an
-            unknown `last_block`. Pickles are never run, and only regular files are opened.
+        source: in one of these layouts: Google's ViT .npz; the authors' state dict (.bin, .pt, .npz, .safetensors);
+            ours; timm's; Hugging Face's ViT, DeiT, DINOv2, MSN and MAE. Our layer norms add 1e-6, as Google's and
+            timm's do, also where a Hugging Face configuration says 1e-12. A position grid of another size is
+            interpolated as the authors do (bilinear, corners aligned).
+        last_block: as for `ffvt.load_weights`, which tells the rest, the errors too.
     """
     if last_block not in LAST_BLOCKS:
         raise ValueError(
             f"load_weights: last_block must be 'random' or 'pretrained'; got last_block={printable(repr(last_block))}"
         )
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    model = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(getattr(model, "config", None), FFVTConfig):
-        raise TypeError(f"load_weights: model must be an ffvt.FFVT or ffvt.ViT; got {type(model).__name__}")
+        raise TypeError(
+            f"load_weights: model must be one of ffvt.create_model, or a fused one of timm; got {type(model).__name__}"
+        )
     use_last = last_block == "pretrained" or not model.config.feature_fusion
     if isinstance(source, Mapping):
         report, placements = _plan(state_dict(source), model, use_last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ffvt.data.images import UNREADABLE, read_image
+from ffvt.data.images import PAD_COLOUR, UNREADABLE, read_image
+from ffvt.data.threads import each_ahead
 from ffvt.errors import printable, require
 from ffvt.files import write_whole
 from ffvt.inference import Classifier, Found, Prediction, load
@@ -43,7 +44,7 @@ class Shown:
         region: the part that the model sees, (left, top, right, bottom) as fractions of width and height.
         found: the most probable classes.
         true: its class where that is known, or None.
-        index: (L-1, K) int64, the picks of each layer; 0 is the class token.
+        index: (L-1, K) int64, the picks of each layer; 0 is the class token, and any other that is no patch.
     """
 
     name: str
@@ -75,12 +76,8 @@ def look_at(
         ValueError: the model is a plain ViT, which picks nothing.
     """
     show = partial(_show, classifier, max_size=max_size, labels=labels)
-    predictions = classifier.stream(images, threads, selection=True)
-    if not threads:
-        yield from map(show, predictions)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(show, predictions)
+    with closing(classifier.stream(images, threads, selection=True)) as predictions:
+        yield from each_ahead(show, predictions, threads, 2 * threads)
 
 
 def _show(classifier: Classifier, prediction: Prediction, max_size: int, labels: bool) -> Shown | tuple[str, str]:
@@ -111,19 +108,22 @@ def selection_figure(classifier: Classifier, shown: Sequence[Shown]) -> Any:
     """
     must = f"at most {FIGURE_IMAGES} for one figure (.html takes any number)"
     require(len(shown) <= FIGURE_IMAGES, "visualize", "images", must, len(shown))
-    grid = classifier.model.config.grid_size
+    config = classifier.model.config
+    grid, other = config.grid_size, "class token" if config.num_prefix_tokens == 1 else "no patch"
     patch = -(-FIGURE_SIDE // grid)
     views = [_seen(one, patch * grid) for one in shown]
     index = torch.stack([one.index for one in shown])
-    return selection_grid(views, index, patch, [(_caption(one), one.correct) for one in shown])
+    return selection_grid(views, index, patch, [(_caption(one), one.correct) for one in shown], other=other)
 
 
 def _seen(shown: Shown, side: int) -> Tensor:
-    """What the model sees of a picture, from its full resolution: uint8 (3, side, side)."""
+    """What the model sees of a picture: uint8 (3, side, side); grey where that reaches beyond the picture."""
     sides = (*shown.picture.size, *shown.picture.size)
     box = [round(share * length) for share, length in zip(shown.region, sides)]
-    box = (*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1))
-    square = shown.picture.crop(box).resize((side, side), Image.Resampling.BICUBIC)
+    width, height = max(box[2] - box[0], 1), max(box[3] - box[1], 1)
+    seen = Image.new("RGB", (width, height), PAD_COLOUR)
+    seen.paste(shown.picture, (-box[0], -box[1]))
+    square = seen.resize((side, side), Image.Resampling.BICUBIC)
     return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
 
 

@@ -54,7 +54,9 @@ class Gallery:
         self.layers = len(shown.index)
         self.known += shown.correct is not None
         self.right += shown.correct is True
-        self.cards.append(_card(shown, len(self.cards), self.classifier.model.config.grid_size))
+        config = self.classifier.model.config
+        other = "the class token too, which is no patch" if config.num_prefix_tokens == 1 else "what is no patch, too"
+        self.cards.append(_card(shown, len(self.cards), config.grid_size, other))
 
 
 def render(gallery: Gallery) -> str:
@@ -90,9 +92,11 @@ def _header(gallery: Gallery) -> str:
     facts = [f"{_count(len(gallery.cards), 'image')}", _count(len(gallery.classifier.classes), "class", "classes")]
     if gallery.known:
         facts.append(f"{gallery.right / gallery.known:.1%} of {gallery.known} with a known class are right")
-    picked = (
-        "none of which is the class token" if config.first_candidate else "the class token being one more candidate"
-    )
+    is_alone = config.num_prefix_tokens == 1
+    if config.first_candidate:
+        picked = "none of which is the class token" if is_alone else "all of which are patches"
+    else:
+        picked = "the class token being one more candidate" if is_alone else "class token and registers among them"
     return (
         "<header><h1>What each layer picks</h1>"
         f'<p class="facts">{" · ".join(map(escape, facts))}</p>'
@@ -144,7 +148,7 @@ def _legend(layers: int) -> str:
     )
 
 
-def _card(shown: Shown, number: int, grid: int) -> str:
+def _card(shown: Shown, number: int, grid: int, other: str) -> str:
     name, probability = shown.found[0]
     name, path = printable(name), PurePath(shown.name)
     true = "" if shown.true is None else printable(shown.true)
@@ -166,7 +170,7 @@ def _card(shown: Shown, number: int, grid: int) -> str:
         f'<div class="caption">'
         f'<p class="prediction"><b>{mark}{escape(name)}</b><span>{probability:.1%}</span></p>{truth}'
         f'<p class="file" title="{escape(shown.name)}"><span>{escape(folder)}</span>{escape(path.name)}</p>'
-        f"{_classes(shown)}{_class_token(shown)}</div></article>\n"
+        f"{_classes(shown)}{_other_picks(shown, other)}</div></article>\n"
     )
 
 
@@ -178,13 +182,13 @@ def _classes(shown: Shown) -> str:
     return f'<ol class="classes">{rows}</ol>'
 
 
-def _class_token(shown: Shown) -> str:
+def _other_picks(shown: Shown, other: str) -> str:
     layers = [str(layer) for layer, picks in enumerate(shown.index.tolist(), start=1) if 0 in picks]
     if not layers:
         return ""
     layer = "Layer" if len(layers) == 1 else "Layers"
     pick = "picks" if len(layers) == 1 else "pick"
-    return f'<p class="token">{layer} {", ".join(layers)} {pick} the class token too, which is no patch.</p>'
+    return f'<p class="token">{layer} {", ".join(layers)} {pick} {other}.</p>'
 
 
 def _jpeg(picture: Image) -> str:

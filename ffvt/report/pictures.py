@@ -71,12 +71,13 @@ def selection_grid(
     patch_size: int,
     captions: Sequence[tuple[str, bool | None]],
     boxes: Sequence[tuple[int, int, int, int]] | None = None,
+    other: str = "class token",
 ) -> Figure:
     """A row per image: the picture, then for each layer the same with all but the picked patches dimmed.
 
-    images: uint8 (3, S, S) each; index: (B, L-1, K), the class token being 0; captions: text, and whether it is right
-    (None where nobody knows); boxes: the mark, outlined in the first column. A layer that picked the class token says
-    so.
+    images: uint8 (3, S, S) each; index: (B, L-1, K), 0 for what is no patch; captions: text, and whether it is right
+    (None where nobody knows); boxes: the mark, outlined in the first column; other: what 0 stands for, which a layer
+    that picked it says.
     """
     rows, layers = index.shape[:2]
     figure = Figure(figsize=(2.1 * (layers + 1), 2.3 * rows + 0.3), layout="constrained")
@@ -94,7 +95,7 @@ def selection_grid(
                 if pick > 0:
                     _outline(axes, _patch_box(pick, pixels.shape[1], patch_size), ACCENT)
             title = f"layer {layer + 1}" if row == 0 else ""
-            axes.set_title(title + (" + class token" if 0 in picks else ""), fontsize=10, color="#475569")
+            axes.set_title(title + (f" + {other}" if 0 in picks else ""), fontsize=10, color="#475569")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

@@ -7,11 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ffvt.errors import printable
+from ffvt.model.weight_files import read_header
 from ffvt.train.kinds import (
     Kind,
     Unfit,
@@ -34,6 +35,7 @@ _DTYPES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat
 LAST_STEP = 10**8 - 1  # folders have names of eight digits
 
 _SHARE, _STEPS = number(0, 1 + 1e-9), integer(0, LAST_STEP)
+_CHANNELS = array(number(), 3, 3)  # what of them is usable, `Recipe` says
 _SELECTION = record(
     {
         "class_token_rate": _SHARE,
@@ -71,7 +73,7 @@ FACTS = record(
         "options": record({name: _OPTIONS[name] for name in _NEEDED_OPTIONS}, _OPTIONS, others=anything),
         "step": _STEPS,
     },
-    may={**_SCORE, "data": record({}, others=_SPLIT)},
+    may={**_SCORE, "data": record({}, others=_SPLIT), "mean": _CHANNELS, "std": _CHANNELS},
     others=anything,  # for people; nothing here reads it
 )
 
@@ -169,15 +171,8 @@ def described_file(path: Path) -> dict[str, str]:
     Raises:
         ValueError: it is none.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            return {
-                name: f"{_DTYPES.get(part.get_dtype(), part.get_dtype())} {tuple(part.get_shape())}"
-                for name, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: {path} must be a safetensors file; got {printable(str(error))}") from error
+    header = read_header("checkpoint", path)
+    return {name: f"{_DTYPES.get(dtype, dtype)} {shape}" for name, (dtype, shape) in header.items()}
 
 
 def check_same(file: str, what: str, own: Mapping[str, str], given: Mapping[str, str]) -> None:

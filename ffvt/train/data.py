@@ -132,7 +132,7 @@ def open_data(options: TrainOptions) -> Data:
     """
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     splits = {"train": training, options.eval_split: evaluated}
-    recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type))
+    recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type, options.pretrained_dir))
     grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
 
     def evaluation(images: ImageSet) -> EvaluationView:

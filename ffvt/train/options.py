@@ -112,7 +112,8 @@ class TrainOptions:
     )
     mean: tuple[float, ...] = option(
         (),
-        "of red, green and blue, as fractions of white, to normalise by; left out: the data set's",
+        "of red, green and blue, as fractions of white, to normalise by; left out: those of timm's weights, else the "
+        "data set's",
         AUGMENTATION,
         kind=float,
         count=3,

@@ -139,6 +139,10 @@ def check_fit(checkpoint: Path, options: TrainOptions, data: Data, world_size: i
             f"train: num_steps must be at least the checkpoint's {step}; got num_steps={options.num_steps}"
         )
     options_changed = _changed_options(facts["options"], options)
+    for name in ("mean", "std"):  # they may hang on pretrained_dir
+        earlier, now = facts.get(name), list(getattr(data.recipe, name))
+        if earlier not in (None, now):
+            options_changed[name] = printable(f"{earlier} -> {now}")
     data_changed = changes(facts.get("data", {}), data.record)
     if options.strict:
         _refuse_changes(options_changed, data_changed, state["world_size"], world_size)

@@ -151,6 +151,7 @@ class RunFolder:
         model, tensors, plain = captured
         score = state.last if state.evaluated_step == state.step else None
         facts = {"classes": data.classes, "resize_size": data.resize_size, "options": state.options.to_dict()}
+        facts |= {"mean": data.recipe.mean, "std": data.recipe.std}
         facts |= {"step": state.step, "data": data.record, **(score.summary() if score else {})}
 
         def save_model(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ffvt.model.registry import config_of, load_any_weights, model_of
+from ffvt.model.registry import config_of, load_weights, model_of
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
 from ffvt.train.fit import check_tensors, part_of
@@ -173,7 +173,7 @@ def build_model(options: TrainOptions, num_classes: int, with_weights: bool = Tr
     """The model that `options` describe, with its starting weights, or without those of `pretrained_dir`."""
     model = model_of(config_of(options.model_type, **options.model_fields(num_classes)))
     if options.pretrained_dir and with_weights:
-        log.info("%s", load_any_weights(model, options.pretrained_dir, last_block=options.last_block))
+        log.info("%s", load_weights(model, options.pretrained_dir, last_block=options.last_block))
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffvt
-from ffvt.model.registry import load_any_weights
+from ffvt.model.registry import load_weights
 from ffvt.train.options import TrainOptions
 from tests.hostile.basics import Touch
 from tests.hostile.case import Case
@@ -110,12 +110,12 @@ def pickled(folder: Path) -> None:
 
 def pickled_start(folder: Path) -> None:
     torch.save({"cls_token": Touch(folder / "escaped.txt")}, folder / "weights.pth")
-    load_any_weights(model(), folder / "weights.pth")
+    load_weights(model(), folder / "weights.pth")
 
 
 def start(entries: Callable[[], dict[str, Any]], **changes: Any) -> Callable[[Path], object]:
     """Weights to start from."""
-    return lambda folder: load_any_weights(model(**changes), entries(), "pretrained")
+    return lambda folder: load_weights(model(**changes), entries(), "pretrained")
 
 
 def timms(**changes: Any) -> dict[str, torch.Tensor]:

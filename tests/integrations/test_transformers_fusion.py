@@ -90,6 +90,7 @@ def test_features_and_picks_are_those_of_the_explicit_form(family, first):
         torch.testing.assert_close(logits, model.head(features), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model(images).logits, logits)
     assert int(selection.index.min()) >= first
+    assert (model.num_selecting, model.num_prefix_tokens) == (2, BUILDS[family][2])
 
 
 @pytest.mark.parametrize("family", ["dinov3_vit", "clip_vision_model"])

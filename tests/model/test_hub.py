@@ -44,6 +44,7 @@ def test_repositories_are_taken_from_the_cache(cache, name):
     ffvt.load_weights(found, name)
     assert equal(found, model)
     assert equal(ffvt.FFVT.from_pretrained(name), model)
+    assert equal(ffvt.load_pretrained(name), model)
 
 
 def test_a_revision_is_asked_for(cache):

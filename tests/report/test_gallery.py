@@ -1,9 +1,11 @@
 """`ffvt visualize`: the page and the figure show what the model picked, and text stays text."""
 
+import itertools
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 
 import ffvt
 from ffvt.cli import main
+from ffvt.data.images import PAD_COLOUR
 from ffvt.report.gallery import Shown, look_at, selection_figure, true_class
 from ffvt.report.gallery_page import Gallery, _layer_rules, render
 from tests.helpers import write_checkpoint
@@ -173,6 +176,36 @@ def test_a_figure_has_names_and_probabilities_in_the_format_of_its_name(run, tmp
     assert visualize(run, run / "photos" / "3.png", "--output", output) == 0
     assert output.read_bytes()[:5] in (b"\x89PNG\r", b"%PDF-", b"<?xml")
     assert capsys.readouterr().out.strip() == str(output)
+
+
+def test_images_are_looked_at_only_as_far_ahead_as_they_are_needed(run):
+    classifier, drawn = ffvt.load(run / "run", batch_size=1), itertools.count()
+    looked = look_at(classifier, (run / "photos" / "3.png" for _ in itertools.islice(drawn, 300)), threads=2)
+    next(looked)
+    looked.close()
+    assert next(drawn) < 20
+
+
+def test_what_is_no_patch_is_told_as_that_where_there_are_registers(run):
+    classifier = SimpleNamespace(classes=CLASSES, model=SimpleNamespace(config=SimpleNamespace()))
+    classifier.model.config = SimpleNamespace(grid_size=4, num_prefix_tokens=5, first_candidate=0, num_select=2)
+    found = Shown("1.png", Image.new("RGB", (8, 8)), (0, 0, 1, 1), [("crow", 0.5)], None, torch.tensor([[0, 1]]))
+    gallery = Gallery(classifier, "run")
+    gallery.add(found)
+    text = " ".join(Structure(render(gallery)).texts)
+    assert "Layer 1 picks what is no patch, too." in text
+    assert "class token and registers among them" in text
+    assert selection_figure(classifier, [found]).axes[1].get_title() == "layer 1 + no patch"
+
+
+def test_what_is_padded_is_grey_in_a_figure(run):
+    classifier = ffvt.load(run / "run")
+    found = Shown(
+        "1.png", Image.new("RGB", (8, 4)), (0, -0.5, 1, 1.5), [("crow", 0.5)], None, torch.ones(3, 2, dtype=torch.int64)
+    )
+    shown = selection_figure(classifier, [found]).axes[0].images[0].get_array()
+    assert tuple(shown[0, 0]) == PAD_COLOUR
+    assert tuple(shown[160, 160]) == (0, 0, 0)
 
 
 def test_the_captions_of_a_figure_name_file_class_and_truth(run):

@@ -34,6 +34,8 @@ def test_picked_patches_are_framed_and_the_rest_is_dimmed():
     frames = [[frame.get_xy() for frame in axes.patches] for axes in layers]
     assert frames == [[(-0.5, -0.5), (3.5, 3.5)], [(3.5, -0.5)]]
     assert {to_hex(frame.get_edgecolor()) for axes in layers for frame in axes.patches} == {ACCENT}
+    other = selection_grid([image], index, 4, [("a bird", True)], other="no patch").axes[2]
+    assert other.get_title() == "layer 2 + no patch"
     shown = layers[1].images[0].get_array()
     assert (shown[:4, 4:] == 200).all()
     assert shown[0, 0, 0] == shown[7, 7, 0] == pytest.approx(200 * DIMMED)

@@ -80,6 +80,19 @@ def test_other_options_and_another_run_can_be_resumed_and_are_named(tmp_path, ca
         train(faults.options(tmp_path, "third", resume="nowhere"))
 
 
+def test_other_statistics_of_the_weights_are_named_and_refused_where_all_must_be_the_same(
+    tmp_path, monkeypatch, caplog
+):
+    first = train(faults.options(tmp_path, "first", num_steps=2))
+    monkeypatch.setattr("ffvt.train.data.image_statistics", lambda *names: ((0.5, 0.5, 0.5), (0.229, 0.224, 0.225)))
+    changes = dict(num_steps=2, resume=str(first.folder))
+    train(faults.options(tmp_path, "second", **changes))
+    assert "mean: [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]" in caplog.text
+    assert "std:" not in caplog.text
+    with pytest.raises(ValueError, match="strict must find .* unchanged; got mean: "):
+        train(faults.options(tmp_path, "third", **changes, strict=True))
+
+
 def test_a_stopped_run_of_mixed_erased_balanced_images_ends_bitwise_as_the_uninterrupted_one(tmp_path, monkeypatch):
     changes = dict(augment="rand", random_erasing=0.5, mixup=0.2, cutmix=1.0, balanced_sampling=True, num_steps=8)
     changes |= dict(gradient_accumulation_steps=2, eval_every=100)

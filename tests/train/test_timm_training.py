@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import ffvt
 from ffvt.cli import main
 from ffvt.data.datasets import recipe_of
-from ffvt.inference import load
-from ffvt.model.registry import image_statistics, load_any_weights, training_flops
+from ffvt.inference import Classifier, load
+from ffvt.model.registry import image_statistics, load_weights, training_flops
 from ffvt.scoring import evaluate_checkpoint
+from ffvt.train import state
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.data import open_data
 from ffvt.train.distributed import World
@@ -269,7 +271,7 @@ def test_timms_weights_start_a_fused_model(tmp_path, suffix, last_block):
 def test_a_plain_model_takes_all_of_them(tmp_path):
     source = weights_of("vit_tiny_patch16_224")
     model = build_model(options(tmp_path, model_type="timm:vit_tiny_patch16_224", feature_fusion=False), 9)
-    report = load_any_weights(model, source)
+    report = load_weights(model, source)
     assert report.left == []
     assert all(torch.equal(model.state_dict()[f"vit.{name}"], value) for name, value in source.items())
 
@@ -277,7 +279,7 @@ def test_a_plain_model_takes_all_of_them(tmp_path):
 def test_positions_and_patches_of_other_sizes_are_resampled_by_timm(tmp_path):
     source = weights_of("vit_tiny_patch16_224", img_size=112, patch_size=8)
     model = build_model(options(tmp_path, model_type="timm:vit_tiny_patch16_224"), 4)
-    report = load_any_weights(model, source, "pretrained")
+    report = load_weights(model, source, "pretrained")
     assert sorted(report.resized) == ["patch_embed.proj.weight", "pos_embed"]
     assert sorted(report.ignored) == ["head.bias", "head.weight"]
     assert "resized: " in str(report)
@@ -302,5 +304,19 @@ def test_weights_of_another_model_change_nothing(tmp_path, other):
     model = build_model(options(tmp_path, model_type="timm:vit_tiny_patch16_224"), 4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="^load_weights: source must hold weights"):
-        load_any_weights(model, sources[other](), "pretrained")
+        load_weights(model, sources[other](), "pretrained")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_model_of_ours_is_normalised_as_timms_weights_were(tmp_path, monkeypatch):
+    """In training; and afterwards, also where timm is missing."""
+    clip = "vit_base_patch16_clip_224.openai"
+    theirs = timm.get_pretrained_cfg(clip)
+    monkeypatch.setattr(state, "load_weights", lambda *args, **options: "none")  # there is no network
+    run = train(TrainOptions(**SMALL | {"num_steps": 2}, output_dir=str(tmp_path), pretrained_dir=f"timm:{clip}"))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    classifier = load(run.folder)
+    assert (classifier.recipe.mean, classifier.recipe.std) == (theirs.mean, theirs.std)
+    del classifier.facts["mean"]
+    older = Classifier(classifier.model, classifier.facts)
+    assert older.recipe.mean == recipe_of("partbirds").mean
