@@ -47,7 +47,7 @@ class Shell:
     def __init__(self, folder: Path, **variables: str) -> None:
         environment = {**os.environ, **variables}
         self.process = subprocess.Popen(
-            ["bash", "-e", "-o", "pipefail"],
+            ["bash", "-e"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,10 +106,10 @@ def main() -> None:
     parser.add_argument("--weights", required=True, type=Path)
     arguments = parser.parse_args()
     data, weights = arguments.data.resolve(), arguments.weights.resolve()
-    with tempfile.TemporaryDirectory() as work:
-        shell = Shell(HERE.parent, DATA=str(data), WEIGHTS=str(weights), WORK=work)
-        hidden = {str(weights): "$WEIGHTS", str(data): "$DATA", work: "$WORK", str(HERE.parent.resolve()): "ffvt"}
-        page = transcribe((HERE / "tutorial.sh").read_text(encoding="utf-8"), shell, hidden)
+    work = tempfile.mkdtemp()  # kept, to look at what was made
+    shell = Shell(HERE.parent, DATA=str(data), WEIGHTS=str(weights), WORK=work)
+    hidden = {str(weights): "$WEIGHTS", str(data): "$DATA", work: "$WORK", str(HERE.parent.resolve()): "ffvt"}
+    page = transcribe((HERE / "tutorial.sh").read_text(encoding="utf-8"), shell, hidden)
     (HERE / "tutorial.md").write_text(page, encoding="utf-8")
 
 

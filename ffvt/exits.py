@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -102,8 +103,12 @@ def explain(error: Exception) -> str | None:
 def _nobody_listens() -> bool:
     """Whether it is standard output that was closed, as `| head` does; it is then let go, so that nothing complains."""
     try:
-        sys.stdout.flush()
+        sys.stdout.flush()  # what is in its buffer raises again
+        poll = select.poll()  # and where that is empty, as after a flush that failed, the pipe itself tells
+        poll.register(sys.stdout.fileno(), 0)
+        is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     except BrokenPipeError:
+        is_closed = True
+    if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return is_closed
