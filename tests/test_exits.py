@@ -1,6 +1,8 @@
 """Exit statuses, and the one line that says why."""
 
 import errno
+import os
+import sys
 
 import pytest
 
@@ -73,3 +75,13 @@ def test_an_error_of_all_ranks_is_told_once(rank, of_rank, said, monkeypatch, ca
         error.of_rank = of_rank
     assert run_to_exit(raising(error), "ffvt train") == 1
     assert capsys.readouterr().err == said
+
+
+def test_a_pipe_that_nobody_reads_is_left_quietly_after_a_flush_too(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run_to_exit(lambda: print("a line", flush=True), "ffvt predict") == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
