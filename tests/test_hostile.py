@@ -8,15 +8,19 @@ from tests.hostile import all_cases
 from tests.hostile.basics import Touch
 from tests.hostile.case import CannotBeTried, outcome
 
-HEAVY = ("run", "disk", "permissions", "concurrency", "report", "signals", "exits")  # each case trains, or draws
+STRIDES = {  # of large groups, and of those whose cases each train, the quick tests run each so-manyth
+    **dict.fromkeys(("run", "disk", "permissions", "concurrency", "report", "signals", "exits"), 4),
+    **dict.fromkeys(("checkpoint", "resume"), 3),
+    **dict.fromkeys(("lists", "pictures", "archives", "flags", "weights", "model"), 2),
+}
 
 
 def parameters():
-    """Every case; of the heavy groups only each fourth is not slow."""
+    """Every case, and whether it is slow."""
     seen: dict[str, int] = {}
     for case in all_cases():
         number = seen[case.group] = seen.get(case.group, -1) + 1
-        is_slow = case.slow or (case.group in HEAVY and number % 4 != 0)
+        is_slow = case.slow or number % STRIDES.get(case.group, 1) != 0
         yield pytest.param(case, id=f"{case.group}-{case.name}", marks=[pytest.mark.slow] if is_slow else [])
 
 
