@@ -1,6 +1,7 @@
 """Kills, damages and starves training runs, and counts how many come through whole.
 
-    python -m tests.faults            all campaigns; appends to results/faults.jsonl
+    python -m tests.faults                      all campaigns; appends to results/faults.jsonl
+    python -m tests.faults --hostile exits      a group of hostile cases
 
 Every campaign compares bytes: a run that was killed and resumed must end with the very files of one that was not.
 """
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -221,9 +222,12 @@ def main() -> None:
     """Runs every campaign, appends what came out and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/faults.jsonl")
+    groups = sorted({case.group for case in all_cases()})
+    help = f"only these groups of hostile cases: {', '.join(groups)}"
+    parser.add_argument("--hostile", nargs="+", choices=groups, metavar="GROUP", help=help)
     arguments = parser.parse_args()
     records, where = [], environment("cpu")
-    for fault, passed, tried in campaigns():
+    for fault, passed, tried in campaigns() if arguments.hostile is None else hostile(arguments.hostile):
         records.append({"benchmark": "faults", "environment": where, "fault": fault})
         records[-1] |= {"passed": passed, "tried": tried}
         print(f"{fault}: {passed}/{tried}", flush=True)
@@ -243,8 +247,15 @@ def campaigns() -> Iterator[tuple[str, int, int]]:
         yield "one byte changed: noticed, the previous checkpoint taken", flipped_bytes(folder, 50), 50
         yield "a worker killed under torchrun, 1 restart: the same end", int(worker_killed_under_torchrun(folder)), 1
         yield "disk full: training goes on, its end fails, the old checkpoint loads", int(full_disk(folder)), 1
-        cases = all_cases()
-        for group in dict.fromkeys(case.group for case in cases):
+        yield from hostile()
+
+
+def hostile(groups: Sequence[str] | None = None) -> Iterator[tuple[str, int, int]]:
+    """The groups of hostile cases (all, or some): how many held, of how many."""
+    cases = all_cases()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for group in groups or dict.fromkeys(case.group for case in cases):
             held = tried = 0
             for case in (case for case in cases if case.group == group):
                 own = folder / f"hostile{group}{tried}" / "own"

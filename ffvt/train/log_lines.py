@@ -108,7 +108,8 @@ class LogLines:
         step, problem = self.state.step, printable(f"{type(error).__name__}: {error}", 300)
         self.log.write("unevaluated", step=step, error=problem)
         if self.state.world.is_main:
-            log.warning("the evaluation of step %d failed: %s", step, problem)
+            outlook = ", training continues" if step < self.state.options.num_steps else ""
+            log.warning("the evaluation of step %d failed%s: %s", step, outlook, problem)
 
     def unreadable(self, problems: Sequence[str]) -> None:
         """Images of this rank that were replaced, each once; the log gets those of all ranks with its next line."""
