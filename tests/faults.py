@@ -226,12 +226,11 @@ def main() -> None:
     help = f"only these groups of hostile cases: {', '.join(groups)}"
     parser.add_argument("--hostile", nargs="+", choices=groups, metavar="GROUP", help=help)
     arguments = parser.parse_args()
-    records, where = [], environment("cpu")
+    where = environment("cpu")
     for fault, passed, tried in campaigns() if arguments.hostile is None else hostile(arguments.hostile):
-        records.append({"benchmark": "faults", "environment": where, "fault": fault})
-        records[-1] |= {"passed": passed, "tried": tried}
+        record = {"benchmark": "faults", "environment": where, "fault": fault, "passed": passed, "tried": tried}
+        append_results(Path(arguments.out), [record])  # at once: a campaign that dies loses nothing
         print(f"{fault}: {passed}/{tried}", flush=True)
-    append_results(Path(arguments.out), records)
 
 
 def campaigns() -> Iterator[tuple[str, int, int]]:
