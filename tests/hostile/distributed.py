@@ -60,7 +60,7 @@ OTHER_OPTIONS = (
     ({"num_token": 2}, "num_token must be the same"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be the same"),
     ({"name": "other"}, "name must be the same on all ranks; got 'run' on rank 0, 'other' on rank 1"),
-    ({"name": "\x1b[2J"}, r"got 'run' on rank 0, '\x1b[2J' on rank 1"),
+    ({"eval_split": "\x1b[2J"}, r"got 'test' on rank 0, '\x1b[2J' on rank 1"),
     ({"resume": "auto"}, "resume must be the same"),
 )
 
