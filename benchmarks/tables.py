@@ -173,9 +173,12 @@ def render_counts(records: Iterable[Record]) -> str:
     """Markdown: what was done, and how often it came out well, of how many times; the latest of each wins."""
     latest = {record["fault"]: record for record in records}
     where = list(latest.values())[-1]["environment"]
-    caption = f"**{where['device_name']}, torch {where['torch']}, commit {where['commit']}.**"
-    rows = [[fault, f"{record['passed']}/{record['tried']}"] for fault, record in latest.items()]
-    return f"{caption}\n\n{table(['what was done, and what must come of it', 'came out so'], 'lr', rows)}"
+    caption = f"**{where['device_name']}, torch {where['torch']}.**"
+    rows = [
+        [fault, f"{record['passed']}/{record['tried']}", record["environment"]["commit"]]
+        for fault, record in latest.items()
+    ]
+    return f"{caption}\n\n{table(['what was done, and what must come of it', 'came out so', 'commit'], 'lrl', rows)}"
 
 
 def render_error_ratios(records: Iterable[Record]) -> str:
