@@ -1,4 +1,4 @@
-# From `pip install` to a fine-tuned model in onnxruntime, on two CPU cores, in about a quarter of an hour.
+# From `pip install` to a fine-tuned model in onnxruntime, on two CPU cores, in a quarter of an hour (the machine was shared while this ran).
 #
 # The photographs are the Grocery Store Dataset (Klasson et al., WACV 2019; MIT licence), 81 kinds of groceries in
 # folders $DATA/train/<class>/ and $DATA/test/<class>/. The weights are a ViT-S/14 pretrained without labels, the file
@@ -9,8 +9,8 @@
 
 # In a clone of the project: PyTorch first, then ffvt, which builds its C++ kernels against it.
 python3 -m venv env && . env/bin/activate
-pip install --quiet torch torchvision "setuptools>=77" pybind11 ninja
-pip install --quiet --no-build-isolation ".[train,onnx]"
+pip install -qq torch torchvision "setuptools>=77" pybind11 ninja
+pip install -qq --no-build-isolation ".[train,onnx]"
 cd "$WORK"
 ffvt --version
 ffvt info | grep -A2 '"cpu"'
