@@ -10,10 +10,11 @@ from pathlib import Path
 from signal import Signals
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ffvt.data.sampling import EvaluationView, TrainingBatch
 from ffvt.precision import dtype_of
+from ffvt.progress import Progress
 from ffvt.train.agreement import check_data, check_options
 from ffvt.train.data import Data, open_data
 from ffvt.train.distributed import join_world
@@ -187,10 +188,14 @@ def _evaluate(state: TrainState, data: Data, lines: LogLines, asked: StopRequest
 
 
 def _score(state: TrainState, model: nn.Module, view: EvaluationView, asked: StopRequest) -> Score:
-    options = state.options
-    return evaluate(
-        model, view, state.world, options.eval_batch_size, options.autocast_precision, options.workers, asked.__bool__
-    )
+    options, world = state.options, state.world
+    how = (options.eval_batch_size, options.autocast_precision, options.workers, asked.__bool__)
+    with Progress(len(view), "evaluate", enabled=world.is_main) as progress:
+
+        def each(labels: Tensor, _logits: Tensor) -> None:
+            progress.advance(min(len(labels) * world.size, len(view) - progress.done))
+
+        return evaluate(model, view, world, *how, each)
 
 
 def _final_scores(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ffvt import progress
 from ffvt.data.datasets import open_split
 from ffvt.data.sampling import EvaluationView, TrainingView
 from ffvt.train import engine, run_folder
@@ -213,3 +214,9 @@ def test_images_that_a_run_replaces_are_in_its_log(tmp_path, photographs):
     result = train(faults.options(tmp_path, "run", **changes, log_every=4, preset="default"))
     (problem,) = values(result.folder, "unreadable", "problem")
     assert path.name in problem
+
+
+def test_a_long_evaluation_within_training_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    train(faults.options(tmp_path, "run", **{**QUIET, "num_steps": 1, "eval_batch_size": 100}))
+    assert capsys.readouterr().err.count("evaluate: ") == 3
