@@ -2,7 +2,6 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import MappingProxyType
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ffvt
 from tests.model.timm_builds import BUILDS, SMALL, Attention, VisionTransformer
+from tests.model.timm_counts import counted_forwards, gradients
 
 
 @pytest.fixture(params=BUILDS, ids=list(BUILDS))
@@ -43,25 +43,6 @@ def test_timms_own_forward_takes_masks_and_small_images_after_fusion():
         ffvt.add_feature_fusion(vit, num_select=12, num_classes=5)
         torch.testing.assert_close(vit.forward_features(images, attn_mask=mask), masked)
         torch.testing.assert_close(vit.forward_features(images[..., :32, :32]), small)
-
-
-def gradients(model, images):
-    model.zero_grad()
-    logits = model(images)
-    logits.square().sum().backward()
-    return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
-
-
-def counted_forwards(model):
-    """How often each block's attention ran, as a list that the hooks fill."""
-    calls = [0] * len(model.vit.blocks)
-
-    def count(number, *_):
-        calls[number] += 1
-
-    for number, block in enumerate(model.vit.blocks):
-        block.attn.register_forward_pre_hook(partial(count, number))
-    return calls
 
 
 def recompute_lambda(vit):

@@ -1,7 +1,6 @@
 """What timm's own tools ask of a model: groups of parameters, facts of the data, the head, checkpointing, saving."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 import ffvt
 from tests.model.timm_builds import BUILDS, NARROW, SMALL, VisionTransformer, timm
+from tests.model.timm_counts import counted_forwards, gradients
 
 NAME = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 SIZES = dict(image_size=56, num_classes=5, num_select=3, embed_dim=48, depth=3, num_heads=3)
@@ -119,24 +119,6 @@ def test_feature_fusion_without_a_class_in_the_head_gives_its_features():
     model = fused()
     features = model.forward_features(torch.randn(1, 3, 56, 56))
     assert torch.equal(model.forward_head(features, pre_logits=True), features)
-
-
-def gradients(model, images):
-    model.zero_grad()
-    logits = model(images)
-    logits.square().sum().backward()
-    return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
-
-
-def counted_forwards(model):
-    calls = [0] * len(model.vit.blocks)
-
-    def count(number, *_):
-        calls[number] += 1
-
-    for number, block in enumerate(model.vit.blocks):
-        block.attn.register_forward_pre_hook(partial(count, number))
-    return calls
 
 
 def test_the_fused_model_has_the_switch_of_checkpointing():
