@@ -15,31 +15,48 @@ from typing import TYPE_CHECKING, Any
 from ffvt.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ffvt import criteria
     from ffvt.export import export_model
     from ffvt.inference import Classifier, load
     from ffvt.integrations.fusion import add_feature_fusion
     from ffvt.kernels import reference
     from ffvt.kernels.backends import info, use_backend
     from ffvt.kernels.decompositions import decompositions
-    from ffvt.kernels.ops import gather_tokens, maws_attention, maws_attention_qkvpacked, maws_select
+    from ffvt.kernels.ops import (
+        AttentionStats,
+        attention_stats,
+        attention_vecmat,
+        gather_tokens,
+        maws_attention,
+        maws_attention_qkvpacked,
+        maws_select,
+    )
     from ffvt.model.config import FFVTConfig
     from ffvt.model.ffvt import FFVT, ViT, create_model
     from ffvt.model.layers import MAWSAttention
     from ffvt.model.registry import load_pretrained, load_weights
     from ffvt.model.selection import Selection
     from ffvt.model.timm_record import record_attention
+    from ffvt.model.transfg import TransFG
     from ffvt.model.weights import LoadReport
+    from ffvt.train.contrastive import contrastive_loss
 
 __all__ = [
     "FFVT",
+    "AttentionStats",
     "Classifier",
     "FFVTConfig",
     "LoadReport",
     "MAWSAttention",
     "Selection",
+    "TransFG",
     "ViT",
     "add_feature_fusion",
+    "attention_stats",
+    "attention_vecmat",
+    "contrastive_loss",
     "create_model",
+    "criteria",
     "decompositions",
     "export_model",
     "gather_tokens",
@@ -63,14 +80,20 @@ _HOMES = {  # module: the names that are defined there; a module that is public 
     "ffvt.kernels.reference": (),
     "ffvt.kernels.backends": ("info", "use_backend"),
     "ffvt.kernels.decompositions": ("decompositions",),
-    "ffvt.kernels.ops": ("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),
+    "ffvt.criteria": (),
+    "ffvt.kernels.ops": (
+        *("AttentionStats", "attention_stats", "attention_vecmat"),
+        *("gather_tokens", "maws_attention", "maws_attention_qkvpacked", "maws_select"),
+    ),
     "ffvt.model.config": ("FFVTConfig",),
     "ffvt.model.ffvt": ("FFVT", "ViT", "create_model"),
     "ffvt.model.registry": ("load_pretrained", "load_weights"),
     "ffvt.model.layers": ("MAWSAttention",),
     "ffvt.model.selection": ("Selection",),
     "ffvt.model.timm_record": ("record_attention",),
+    "ffvt.model.transfg": ("TransFG",),
     "ffvt.model.weights": ("LoadReport",),
+    "ffvt.train.contrastive": ("contrastive_loss",),
 }
 
 

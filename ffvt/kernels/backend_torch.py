@@ -12,6 +12,8 @@ Source: FFVT section 3.2; the backward is FlashAttention's (Dao et al., arXiv 22
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ from ffvt.kernels import reference
 from ffvt.kernels.checks import check_index_range
 from ffvt.kernels.reference import maws_score
 
-TILE = 128  # query rows of the tiled backward
+TILE = 128  # query rows at a time, where a walk over tiles makes what SDPA does not
 
 augment = reference.augment  # element by element: nothing to make faster
 
@@ -76,6 +78,12 @@ def maws_attention_forward(
     lse is SDPA's on a CPU; elsewhere it is unused, and NaN.
     """
     index, score = maws_select_forward(q, k, num_select, scale, first_candidate)
+    out, lse = _attend(q, k, v, scale)
+    return out, index, score, lse, torch.zeros_like(lse)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """SDPA's out (B, N, H, D) and lse (B, H, N); lse of NaN where SDPA keeps it to itself."""
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]  # (B, H, N, D) views
     if keeps_lse(q):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, scale=scale)
@@ -84,7 +92,49 @@ def maws_attention_forward(
         out = F.scaled_dot_product_attention(*heads_first, scale=scale)
         shape, dtype = (q.shape[0], q.shape[2], q.shape[1]), torch.promote_types(q.dtype, torch.float32)
         lse = torch.full(shape, torch.nan, dtype=dtype, device=q.device)
-    return out.transpose(1, 2).contiguous(), index, score, lse, torch.zeros_like(lse)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def attention_stats_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, N, H, D) -> out (B, N, H, D), row and column (B, H, N) fp32, lse (B, H, N), row_max of zeros.
+
+    Where SDPA keeps its lse to itself, it is computed again, over tiles of query rows.
+    """
+    row, column = (line.softmax(-1).float() for line in class_logits(q, k, scale))
+    out, lse = _attend(q, k, v, scale)
+    if not keeps_lse(q):
+        lse = row_lse(q, k, scale)
+    return out, row, column, lse, torch.zeros_like(lse)
+
+
+def row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Logarithm of the sum of exp(scale * q kT) of every query: q, k (B, N, H, D) -> (B, H, N)."""
+    batch, num_tokens, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, num_tokens, dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, logits in _row_tiles(q, k, scale):
+        lse[:, :, rows] = logits.logsumexp(-1)
+    return lse
+
+
+def attention_vecmat_forward(weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scale: float) -> Tensor:
+    """weights (B, H, N) times the map of q, k (B, N, H, D), over tiles of query rows: (B, H, N) fp32."""
+    total = torch.zeros_like(weights, dtype=torch.promote_types(q.dtype, torch.float32))
+    for rows, logits in _row_tiles(q, k, scale):
+        tile_lse = logits.logsumexp(-1) if lse is None else lse[:, :, rows]
+        probs = (logits - tile_lse.unsqueeze(-1)).exp()  # (B, H, T, N)
+        total += (weights[:, :, None, rows].to(probs.dtype) @ probs).squeeze(-2)
+    return total.float()
+
+
+def _row_tiles(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of TILE queries at a time, (B, H, T, N), in fp32 (fp64 for fp64)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    keys = k.permute(0, 2, 3, 1).to(dtype)  # (B, H, D, N); fp16 logits could overflow
+    for start in range(0, q.shape[1], TILE):
+        rows = slice(start, start + TILE)
+        yield rows, scale * (q[:, rows].transpose(1, 2).to(dtype) @ keys)
 
 
 def keeps_lse(q: Tensor) -> bool:

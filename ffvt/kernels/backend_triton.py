@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ffvt.kernels.backend_torch import augment  # element by element: PyTorch's own kernels do it
+from ffvt.kernels.backend_torch import (  # element by element: PyTorch's own kernels do it
+    attention_stats_forward,
+    attention_vecmat_forward,
+    augment,
+)
 from ffvt.kernels.gather_tokens_triton import gather_tokens_backward, gather_tokens_forward
 from ffvt.kernels.maws_attention_backward_triton import maws_attention_backward
 from ffvt.kernels.maws_attention_triton import maws_attention_forward
@@ -19,6 +23,8 @@ from ffvt.kernels.tiles_triton import MAX_EXTENT, MAX_HEAD_DIM, extent
 from ffvt.kernels.tuning import MAX_TOKENS
 
 __all__ = [
+    "attention_stats_forward",
+    "attention_vecmat_forward",
     "augment",
     "gather_tokens_backward",
     "gather_tokens_forward",

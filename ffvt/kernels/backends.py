@@ -69,6 +69,18 @@ class Backend(Protocol):
         """Writes the gradients of `out` into grads = (dq, dk, dv), each (B, N, H, D), any strides with unit last
         stride; out, lse and row_max are this backend's own, contiguous."""
 
+    def attention_stats_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """out as above; row and column (B, H, N) fp32, the softmax of S[0, :] and that of S[:, 0]; lse and row_max as
+        above, for `maws_attention_backward`."""
+
+    def attention_vecmat_forward(
+        self, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scale: float
+    ) -> Tensor:
+        """sum_i weights_i exp(S_ij - lse_i), (B, H, N) fp32. weights (B, H, N) fp32, contiguous; lse (B, H, N) in fp32
+        (fp64 for fp64 inputs), contiguous: the logarithm of the sum of exp(S_i) of every query, None to compute it."""
+
     def maws_select_forward(
         self, q: Tensor, k: Tensor, num_select: int, scale: float, first_candidate: int
     ) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,16 @@ def check_statistics(name: str, q: Tensor, **tensors: Tensor) -> None:
     check_device(name, q=q, **tensors)
 
 
+def check_weights(name: str, q: Tensor, weights: Tensor) -> None:
+    """One fp32 number a query: (B, H, N), for q (B, N, H, D)."""
+    batch, num_tokens, heads, _ = q.shape
+    if weights.shape != (batch, heads, num_tokens):
+        raise ValueError(f"{name}: weights must be (B, H, N); got weights.shape={tuple(weights.shape)}")
+    if weights.dtype != torch.float32:
+        raise TypeError(f"{name}: weights must be torch.float32; got weights.dtype={weights.dtype}")
+    check_device(name, q=q, weights=weights)
+
+
 def check_gather(name: str, layout: str, index: Tensor, **rows: Tensor) -> None:
     """Rows (B, ., C) of a floating dtype and index (B, K) int64, on one device."""
     ((key, tensor),) = rows.items()

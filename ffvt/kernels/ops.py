@@ -9,6 +9,8 @@ second gradient, and no `torch.func.grad` or `vjp`: PyTorch does not carry a reg
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,74 @@ def maws_attention_qkvpacked(
     (qkv,) = prepare(name, qkv=qkv)
     selection = _selection(name, num_select, scale, first_candidate)
     return torch.ops.ffvt.maws_attention_qkvpacked(qkv, *selection, forced_backend())[:3]
+
+
+class AttentionStats(NamedTuple):
+    """What one attention says of its tokens. None of it carries a gradient.
+
+    Attributes:
+        row: (B, H, N) fp32, softmax(S_h[0, :]): how much the class token attends to each token, in every head.
+        column: (B, H, N) fp32, softmax(S_h[:, 0]): each token's logit of the class token, as a share of all tokens'.
+        lse: (B, H, N) fp32 (fp64 for fp64 inputs), log sum_j exp(S_h[i, j]) of every query i. With it,
+            exp(S_h[i, j] - lse[i]) is any probability of the map.
+    """
+
+    row: Tensor
+    column: Tensor
+    lse: Tensor
+
+
+def attention_stats(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, AttentionStats]:
+    """Softmax attention that also gives the class token's row and column, per head, and every query's lse.
+
+    Args:
+        q, k, v, scale: as for `maws_attention`.
+
+    Returns:
+        out: (B, N, H, D), dtype of q, contiguous. The only result that carries a gradient.
+        stats: `AttentionStats`; stats.row.mean(1) * stats.column.mean(1) is the score of `maws_attention`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `maws_attention`.
+
+    Source: FFVT (arXiv 2107.02341), section 3.2, for the two lines.
+    """
+    name = "attention_stats"
+    q, k, v = prepare(name, q=q, k=k, v=v)
+    scale = as_scale(name, scale)
+    out, row, column, lse, row_max = torch.ops.ffvt.attention_stats(q, k, v, scale, forced_backend())
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return out, AttentionStats(row, column, lse + factor * row_max)
+
+
+def attention_vecmat(
+    weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """A row vector times the attention map of every head, without the map: y_j = sum_i weights_i softmax(S_h[i, :])_j.
+
+    Chained over the layers, last layer first, it is one row of the product of their maps.
+
+    Args:
+        weights: (B, H, N) fp32, any strides.
+        q, k, scale: as for `maws_attention`.
+        lse: (B, H, N) fp32 (fp64 for fp64 inputs), as `attention_stats` gives it for the same q, k and scale; None
+            computes it, at the cost of one more product of q and k.
+
+    Returns:
+        (B, H, N) fp32. It carries no gradient.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `maws_attention`.
+
+    Source: TransFG (arXiv 2103.07976), section 3.3, whose product of maps it replaces.
+    """
+    name = "attention_vecmat"
+    given = {"weights": weights} if lse is None else {"weights": weights, "lse": lse}
+    check_tensors(name, **given)
+    q, k = prepare(name, q=q, k=k)
+    lse = None if lse is None else lse.detach()
+    scale = as_scale(name, scale)
+    return torch.ops.ffvt.attention_vecmat(weights.detach(), q.detach(), k.detach(), lse, scale, forced_backend())
 
 
 def maws_select(

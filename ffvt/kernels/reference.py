@@ -1,6 +1,7 @@
 """The definition of truth: every operator in explicit PyTorch, forward and backward.
 
-What: softmax attention with mutual attention weight selection (MAWS), the selection alone, and the token gather.
+What: softmax attention with mutual attention weight selection (MAWS) or with its statistics, the selection alone, a
+    row vector times the attention map, and the token gather.
 How: the N x N map is materialised, in fp32 (fp64 for fp64 inputs) whatever the input dtype. Nothing here is fast.
 Source: FFVT (Wang, Yu, Gao; BMVC 2021; arXiv 2107.02341), section 3.2.
 
@@ -67,9 +68,15 @@ def maws_attention_forward(
     logits = attention_logits(q, k, scale)
     score = maws_score(logits[:, :, 0, :], logits[:, :, :, 0]).detach()
     index = select_top(score, num_select, first_candidate)
-    lse = logits.logsumexp(-1)  # (B, H, N)
+    out, lse = _attend(logits, v)
+    return out, index, score, lse, torch.zeros_like(lse)
+
+
+def _attend(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, H, N, N), v (B, N, H, D) -> out (B, N, H, D) in the dtype of v, lse (B, H, N)."""
+    lse = logits.logsumexp(-1)
     out = (logits - lse.unsqueeze(-1)).exp() @ v.to(logits.dtype).transpose(1, 2)  # (B, H, N, D)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), index, score, lse, torch.zeros_like(lse)
+    return out.transpose(1, 2).to(v.dtype).contiguous(), lse
 
 
 def maws_attention_backward(
@@ -96,6 +103,24 @@ def maws_attention_backward(
     dq.copy_((scale * d_logits @ k.to(probs.dtype).transpose(1, 2)).transpose(1, 2))
     dk.copy_((scale * d_logits.mT @ q.to(probs.dtype).transpose(1, 2)).transpose(1, 2))
     dv.copy_((probs.mT @ d_out).transpose(1, 2))
+
+
+def attention_stats_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, N, H, D) -> out (B, N, H, D), row and column (B, H, N) fp32, lse (B, H, N), and row_max, zero."""
+    logits = attention_logits(q, k, scale)
+    row, column = logits[:, :, 0, :].softmax(-1).float(), logits[:, :, :, 0].softmax(-1).float()
+    out, lse = _attend(logits, v)
+    return out, row.detach(), column.detach(), lse.detach(), torch.zeros_like(lse)
+
+
+def attention_vecmat_forward(weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scale: float) -> Tensor:
+    """weights (B, H, N) times the map of q, k (B, N, H, D): (B, H, N) fp32. lse (B, H, N), or None."""
+    logits = attention_logits(q, k, scale)
+    lse = logits.logsumexp(-1) if lse is None else lse
+    probs = (logits - lse.unsqueeze(-1)).exp()  # (B, H, N, N)
+    return (weights.to(probs.dtype).unsqueeze(-2) @ probs).squeeze(-2).float()
 
 
 def maws_select_forward(
@@ -159,6 +184,22 @@ def maws_attention_qkvpacked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ffvt.maws_attention_qkvpacked`, by the book: qkv (B, N, 3, H, D)."""
     return maws_attention(*qkv.unbind(2), num_select, scale, first_candidate)
+
+
+def attention_stats(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """`ffvt.attention_stats`, by the book: out (B, N, H, D), (row, column, lse) (B, H, N) each."""
+    out, *stats, _ = attention_stats_forward(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    return out, tuple(stats)
+
+
+def attention_vecmat(
+    weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """`ffvt.attention_vecmat`, by the book: (B, H, N) fp32; no gradient."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return attention_vecmat_forward(weights.detach(), q.detach(), k.detach(), lse, scale)
 
 
 def maws_select(

@@ -1,4 +1,4 @@
-"""The registered operators `torch.ops.ffvt.*`: schemas, checks, kernels, fakes, gradients and FLOP formulas.
+"""The registered operators `torch.ops.ffvt.*`: schemas, checks, kernels, fakes and gradients.
 
 A registered kernel checks what every backend relies on, asks `backends.resolve` for the module that serves the call,
 and calls it (`backends.Backend` says how). Whoever calls, the public functions, an exported program or autograd with
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from ffvt.kernels import flops
 from ffvt.kernels.backends import resolve
 from ffvt.kernels.checks import (
     check_gather,
@@ -21,6 +21,7 @@ from ffvt.kernels.checks import (
     check_scale,
     check_selection,
     check_statistics,
+    check_weights,
     refuse_forward_mode,
     refuse_tangents,
 )
@@ -77,10 +78,13 @@ def _maws_attention_fake(
 
 
 def _empty_results(q: Tensor, num_select: int) -> _Attended:
-    batch, num_tokens, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    lse, row_max = (q.new_empty(batch, heads, num_tokens, dtype=wide) for _ in range(2))
-    return q.new_empty(q.shape), *_empty_picks(q, num_select), lse, row_max
+    return q.new_empty(q.shape), *_empty_picks(q, num_select), _empty_lines(q, wide), _empty_lines(q, wide)
+
+
+def _empty_lines(q: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, num_tokens, heads, _ = q.shape
+    return q.new_empty(batch, heads, num_tokens, dtype=dtype)
 
 
 def _empty_picks(q: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
@@ -160,6 +164,58 @@ def _maws_attention_qkvpacked_backward_fake(grad_out: Tensor, qkv: Tensor, *_: A
     return qkv.new_empty(qkv.shape)
 
 
+# attention_stats
+
+
+def _attention_stats(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> _Attended:
+    refuse_tangents("attention_stats", q=q, k=k, v=v)
+    check_heads("attention_stats", SEPARATE, q=q, k=k, v=v)
+    check_scale("attention_stats", scale)
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    module = resolve("attention_stats", backend, q, k, v)
+    return module.attention_stats_forward(q, k, v, _scale(scale, q.shape[-1]))
+
+
+def _attention_stats_fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> _Attended:
+    refuse_forward_mode("attention_stats")
+    check_heads("attention_stats", SEPARATE, q=q, k=k, v=v)
+    check_scale("attention_stats", scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lines = (_empty_lines(q, dtype) for dtype in (torch.float32, torch.float32, wide, wide))
+    return q.new_empty(q.shape), *lines
+
+
+# attention_vecmat
+
+
+def _attention_vecmat(
+    weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scale: float | None, backend: str
+) -> Tensor:
+    refuse_tangents("attention_vecmat", weights=weights, q=q, k=k)
+    _check_vecmat(weights, q, k, lse, scale)
+    q, k = _unit(q), _unit(k)
+    lse = None if lse is None else lse.contiguous()
+    module = resolve("attention_vecmat", backend, q, k)
+    return module.attention_vecmat_forward(weights.contiguous(), q, k, lse, _scale(scale, q.shape[-1]))
+
+
+def _attention_vecmat_fake(
+    weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scale: float | None, backend: str
+) -> Tensor:
+    refuse_forward_mode("attention_vecmat")
+    _check_vecmat(weights, q, k, lse, scale)
+    return _empty_lines(q, torch.float32)
+
+
+def _check_vecmat(weights: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scale: float | None) -> None:
+    name = "attention_vecmat"
+    check_heads(name, SEPARATE, q=q, k=k)
+    check_weights(name, q, weights)
+    if lse is not None:
+        check_statistics(name, q, lse=lse)
+    check_scale(name, scale)
+
+
 # maws_select
 
 
@@ -227,6 +283,11 @@ _OPERATORS = {
         _maws_attention_qkvpacked_backward,
         _maws_attention_qkvpacked_backward_fake,
     ),
+    f"attention_stats({_HEADS}, float? scale, str backend) -> {_ATTENDED}": (_attention_stats, _attention_stats_fake),
+    "attention_vecmat(Tensor weights, Tensor q, Tensor k, Tensor? lse, float? scale, str backend) -> Tensor": (
+        _attention_vecmat,
+        _attention_vecmat_fake,
+    ),
     f"maws_select(Tensor q, Tensor k, {_SELECT}) -> (Tensor, Tensor)": (_maws_select, _maws_select_fake),
     "gather_tokens(Tensor x, Tensor index, str backend) -> Tensor": (_gather_tokens, _gather_tokens_fake),
     "gather_tokens_backward(Tensor grad, Tensor index, SymInt num_tokens, str backend) -> Tensor": (
@@ -260,6 +321,18 @@ def _attention_backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | N
     return *grads, None, None, None, None
 
 
+def _stats_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    out, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*tensors, out, *others[2:])  # lse, row_max
+
+
+def _stats_backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.ffvt.maws_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend)
+    return *grads, None, None
+
+
 def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, index, ctx.backend = inputs
     ctx.num_tokens = x.shape[1]
@@ -280,34 +353,12 @@ def _register_gradients() -> None:
         torch.library.register_autograd(
             f"ffvt::{name}", _attention_backward, setup_context=_attention_setup, lib=_LIBRARY
         )
+    torch.library.register_autograd("ffvt::attention_stats", _stats_backward, setup_context=_stats_setup, lib=_LIBRARY)
     torch.library.register_autograd("ffvt::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=_LIBRARY)
     for name in ("maws_attention", "maws_attention_qkvpacked", "gather_tokens"):
         torch.library.register_autograd(f"ffvt::{name}_backward", _no_second_gradient, lib=_LIBRARY)
 
 
-def _register_flop_formulas() -> None:
-    """What torch.utils.flop_counter counts: the products of q and k, and of the probabilities and v; 2.5 times that in
-    the backward, its recomputed logits included."""
-    operators = torch.ops.ffvt
-
-    def attention(shape: tuple[int, ...], factor: int) -> int:
-        batch, num_tokens, *_, heads, head_dim = shape
-        return factor * batch * heads * num_tokens**2 * head_dim
-
-    @register_flop_formula([operators.maws_attention, operators.maws_attention_qkvpacked])
-    def _forward(first: tuple[int, ...], *_: Any, **__: Any) -> int:
-        return attention(first, 4)
-
-    @register_flop_formula([operators.maws_attention_backward, operators.maws_attention_qkvpacked_backward])
-    def _backward(grad_out: tuple[int, ...], first: tuple[int, ...], *_: Any, **__: Any) -> int:
-        return attention(first, 10)
-
-    @register_flop_formula(operators.maws_select)
-    def _select(q: tuple[int, ...], *_: Any, **__: Any) -> int:
-        batch, num_tokens, heads, head_dim = q
-        return 4 * batch * heads * num_tokens * head_dim
-
-
 _register_operators()
 _register_gradients()
-_register_flop_formulas()
+flops.register()

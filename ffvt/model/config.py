@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from ffvt.errors import printable, require
 
+HEADS = ("ffvt", "transfg")
 LAST_BLOCKS = ("random", "pretrained")  # how `load_weights` starts the fusion block
 LARGEST = 1 << 20  # of any size; larger ones come from a damaged file, and would take all memory
 
@@ -49,6 +51,7 @@ class FFVTConfig:
     Attributes:
         image_size: side of the square input image, pixels; a multiple of the patch's side.
         patch_size: side of one patch, pixels.
+        patch_stride: pixels from one patch to the next, at most patch_size; None for patch_size: no overlap.
         num_classes: classes of the head.
         embed_dim: C, width of the tokens; a multiple of num_heads.
         depth: L, blocks, the fusion block included.
@@ -56,12 +59,16 @@ class FFVTConfig:
         mlp_dim: hidden units of a block's MLP.
         num_select: K, tokens picked by each of the first L-1 blocks.
         feature_fusion: False gives the plain ViT of the same size.
+        criterion: what picks the tokens, a name of `ffvt.criteria`: "maws", "vote:12", "random:7".
+        head: "ffvt", or "transfg" for a TransFG, whatever feature_fusion says: one patch per head, by "psm".
         first_candidate: tokens [0, first_candidate) are never picked; 0 as the authors, 1 leaves out the class token.
         dropout: rate after the embeddings and inside the MLP, as the authors place it.
         qkv_bias: whether the query, key and value projections have a bias.
         layer_scale: initial value of LayerScale's per-channel factors; None for none.
         prune_dead_rows: compute only the rows that are read in the last two blocks: exact, and faster.
         gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
+        keep_rate: fraction of the patches that stay after each block of `locations`; the others become one token.
+        locations: numbers of these blocks, from 0, in order; not read with keep_rate=1.
         backbone: "r50" puts a ResNet-50 before the patches (the hybrid; needs timm); None for none.
     """
 
@@ -75,6 +82,8 @@ class FFVTConfig:
     num_select: int = count(12)
     feature_fusion: bool = switch(True)
     first_candidate: int = count(0)
+    criterion: str = setting("maws", lambda value: isinstance(value, str), "a name of ffvt.criteria")
+    head: str = setting("ffvt", lambda value: value in HEADS, f"one of {', '.join(HEADS)}")
     dropout: float = setting(0.1, lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)")
     qkv_bias: bool = switch(True)
     layer_scale: float | None = setting(
@@ -82,30 +91,88 @@ class FFVTConfig:
     )
     prune_dead_rows: bool = switch(True)
     gradient_checkpointing: bool = switch(False)
+    patch_stride: int | None = setting(
+        None, lambda value: value is None or (_is_integer(value) and value >= 1), "a positive integer or None"
+    )
+    keep_rate: float = setting(1.0, lambda value: _is_number(value) and 0 < value <= 1, "in (0, 1]")
+    locations: tuple[int, ...] = setting(
+        (3, 6, 9),
+        lambda value: isinstance(value, tuple) and all(map(_is_integer, value)),
+        "integers",
+    )
     backbone: str | None = setting(None, lambda value: value is None or value == "r50", "None or 'r50'")
 
     def __post_init__(self) -> None:
+        if isinstance(self.locations, list):  # as JSON has it
+            object.__setattr__(self, "locations", tuple(self.locations))
         for declared in fields(self):
             self._check(
                 declared.name, declared.metadata["holds"](getattr(self, declared.name)), declared.metadata["must"]
             )
-        self._check("image_size", self.image_size % self.patch_size == 0, f"a multiple of patch_size={self.patch_size}")
+        if self.patch_stride is None:
+            whole = self.image_size % self.patch_size == 0
+            self._check("image_size", whole, f"a multiple of patch_size={self.patch_size}")
+        else:
+            self._check("patch_stride", self.patch_stride <= self.patch_size, f"at most patch_size={self.patch_size}")
+            self._check("image_size", self.image_size >= self.patch_size, f"at least patch_size={self.patch_size}")
         self._check("embed_dim", self.embed_dim % self.num_heads == 0, f"a multiple of num_heads={self.num_heads}")
         self._check("patch_size", self.backbone is None or self.patch_size == 16, "16 behind the backbone")
-        if self.feature_fusion:
-            tokens, first = self.num_tokens, self.first_candidate
-            self._check("depth", self.depth >= 2, "at least 2 with feature_fusion")
-            self._check("first_candidate", 0 <= first < tokens, f"in [0, N={tokens})")
-            limit = f"in [1, N - first_candidate = {tokens - first}]"
-            self._check("num_select", 1 <= self.num_select <= tokens - first, limit)
+        self._check("patch_stride", self.backbone is None or self.patch_stride is None, "None behind the backbone")
+        if self.kind != "vit":
+            self._check("depth", self.depth >= 2, f"at least 2 with {self.kind}")
+        if self.kind == "ffvt":
+            self._check_selection()
+        if self.keep_rate < 1:
+            self._check_reduction()
+
+    def _check_selection(self) -> None:
+        tokens, first = self.num_tokens, self.first_candidate
+        self._check("first_candidate", 0 <= first < tokens, f"in [0, N={tokens})")
+        limit = f"in [1, N - first_candidate = {tokens - first}]"
+        self._check("num_select", 1 <= self.num_select <= tokens - first, limit)
+        if self.criterion != "maws":
+            from ffvt.criteria import find  # which needs torch
+
+            find(self.criterion)
+
+    def _check_reduction(self) -> None:
+        self._check("keep_rate", self.kind != "transfg", "1 with transfg, whose part selection needs every token")
+        last = self.depth - (2 if self.kind == "ffvt" else 1)  # behind it nothing is saved
+        rising = all(low < high for low, high in zip((-1, *self.locations), (*self.locations, last)))
+        self._check("locations", rising, f"in rising order, in [0, {last})")
+        if self.kind == "ffvt":
+            criteria = "maws, class_row, column, ats, received, similarity or random with keep_rate below 1"
+            self._check("criterion", self.criterion.partition(":")[0] not in ("vote", "rollout", "psm"), criteria)
+            left = self.tokens_after(self.depth)
+            limit = f"at most the {left - self.first_candidate} tokens left with keep_rate={self.keep_rate}"
+            self._check("num_select", self.num_select <= left - self.first_candidate, limit)
 
     def _check(self, name: str, holds: bool, must: str) -> None:
         require(holds, "FFVTConfig", name, must, getattr(self, name))
 
     @property
+    def kind(self) -> str:
+        """ "vit", "ffvt" or "transfg"."""
+        if self.head == "transfg":
+            return "transfg"
+        return "ffvt" if self.feature_fusion else "vit"
+
+    @property
     def grid_size(self) -> int:
         """Patches along one side of the image."""
-        return self.image_size // self.patch_size
+        return (self.image_size - self.patch_size) // (self.patch_stride or self.patch_size) + 1
+
+    def reduces(self, number: int) -> bool:
+        """Whether tokens are dropped after block `number`, from 0."""
+        return self.keep_rate < 1 and number in self.locations
+
+    def tokens_after(self, blocks: int) -> int:
+        """Tokens that stand after the first `blocks` blocks."""
+        patches, fused = self.grid_size**2, 0
+        for number in range(blocks):
+            if self.reduces(number):
+                patches, fused = math.ceil(self.keep_rate * patches), 1
+        return self.num_prefix_tokens + patches + fused
 
     @property
     def num_tokens(self) -> int:

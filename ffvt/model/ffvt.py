@@ -15,12 +15,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ffvt.criteria import find
 from ffvt.errors import printable, require
 from ffvt.model.config import FFVTConfig, replace_fields
 from ffvt.model.config_files import read_config, write_config
 from ffvt.model.hub import WEIGHTS_FILE, locate, push
-from ffvt.model.layers import LAYER_NORM_EPS, MLP, Block, ClassBlock, PatchEmbed, PrunedSelectingBlock, SelectingBlock
-from ffvt.model.selection import SelectingModel, Selection
+from ffvt.model.layers import (
+    LAYER_NORM_EPS,
+    MLP,
+    Block,
+    ClassBlock,
+    ObservedBlock,
+    PatchEmbed,
+    PrunedSelectingBlock,
+    SelectingBlock,
+)
+from ffvt.model.reduction import TokenReduction
+from ffvt.model.selection import Picker, SelectingModel, Selection
 from ffvt.model.weight_files import check_header, existing_file
 from ffvt.model.weights import load_own_weights
 
@@ -33,18 +44,17 @@ class ViT(nn.Module):
     `forward` takes images (B, 3, S, S) and returns logits (B, num_classes). There is no loss inside.
 
     Raises:
-        ValueError: the configuration has feature_fusion=True, which is an `FFVT`.
+        ValueError: the configuration is of another kind, an `FFVT` or a `TransFG`.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021 (arXiv 2010.11929).
     """
 
-    feature_fusion: ClassVar[bool] = False
+    kind: ClassVar[str] = "vit"
 
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
-        given, mine = config.feature_fusion, self.feature_fusion
-        must = f"{mine} (ffvt.create_model makes either)"
-        require(given == mine, type(self).__name__, "feature_fusion", must, given)
+        must = f"a configuration of the kind {self.kind!r} (ffvt.create_model makes any)"
+        require(config.kind == self.kind, type(self).__name__, "config", must, config.kind)
         self.config = config
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(config)
@@ -57,8 +67,9 @@ class ViT(nn.Module):
         self._init_weights()
 
     def _make_blocks(self, config: FFVTConfig) -> None:
+        kinds = [ObservedBlock if config.reduces(number) else Block for number in range(config.depth - 1)]
         last = ClassBlock if config.prune_dead_rows else Block
-        self.blocks = nn.ModuleList([*(Block(config) for _ in range(config.depth - 1)), last(config)])
+        self.blocks = nn.ModuleList(kind(config) for kind in (*kinds, last))
 
     def _init_weights(self) -> None:
         """As the authors: Xavier in the MLPs, PyTorch's own in attention, a zero head. Positions start at std 0.02."""
@@ -69,14 +80,17 @@ class ViT(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.forward_features(images))
+    def forward(self, images: Tensor, need_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.forward_features(images)
+        return (self.head(features), features) if need_features else self.head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> what `head` sees, (B, C)."""
-        x = self.embed(images)  # (B, N, C)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
+        x, reduction = self.embed(images), TokenReduction(self.config.keep_rate)  # (B, N, C)
+        for number, block in enumerate(self.blocks):
+            x = self.run(block, x)
+            if self.config.reduces(number):
+                x = reduction.reduce(*x)
         return self.norm(x[:, 0])
 
     def forward_with_selection(self, images: Tensor) -> tuple[Tensor, Selection]:
@@ -91,6 +105,10 @@ class ViT(nn.Module):
     def transformer_blocks(self) -> list[nn.Module]:
         """The blocks, first to last."""
         return list(self.blocks)
+
+    def run(self, block: nn.Module, x: Tensor) -> Any:
+        """What a block gives out, under activation checkpointing if that is on."""
+        return checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
 
     @property
     def recomputes(self) -> bool:
@@ -148,11 +166,11 @@ class ViT(nn.Module):
         folder = locate("from_pretrained", source, **hub)
         config = read_config("from_pretrained", folder)
         weights = existing_file("from_pretrained", folder)
-        kind = cls if config.feature_fusion == cls.feature_fusion else _kind(config)
+        kind = cls if config.kind == cls.kind else _kind(config)
         with torch.device("meta"):
             check_header("from_pretrained", weights, kind(config).state_dict())
         config = replace_fields("from_pretrained", config, overrides)
-        model = cls(config) if config.feature_fusion == cls.feature_fusion else from_config(config)
+        model = cls(config) if config.kind == cls.kind else from_config(config)
         report = load_own_weights(model, weights)
         new = [name for name in report.left if not (name.startswith("head.") and "num_classes" in overrides)]
         if new:
@@ -203,13 +221,13 @@ class FFVT(SelectingModel, ViT):
     block picked too. There is no loss inside.
 
     Raises:
-        ValueError: the configuration has feature_fusion=False, which is a `ViT`.
+        ValueError: the configuration is of another kind, a `ViT` or a `TransFG`.
 
     Source: Wang, Yu, Gao, "Feature Fusion Vision Transformer for Fine-Grained Visual Categorization", BMVC 2021
     (arXiv 2107.02341), sections 3.1-3.2; sizes from Dosovitskiy et al., ICLR 2021.
     """
 
-    feature_fusion: ClassVar[bool] = True
+    kind: ClassVar[str] = "ffvt"
     num_prefix_tokens: ClassVar[int] = 1
 
     @property
@@ -225,28 +243,47 @@ class FFVT(SelectingModel, ViT):
         return [*self.blocks, self.last_block]
 
     def _make_blocks(self, config: FFVTConfig) -> None:
-        selecting, last = (PrunedSelectingBlock, ClassBlock) if config.prune_dead_rows else (SelectingBlock, Block)
-        self.blocks = nn.ModuleList([*(SelectingBlock(config) for _ in range(config.depth - 2)), selecting(config)])
-        self.last_block = last(config)
+        """Blocks that pick by the fused operator; observed ones where another criterion, or token reduction, reads
+        more than that returns."""
+        self.criterion = find(config.criterion)
+        fused, pruned = self.criterion.kind == "maws", config.prune_dead_rows
+        kinds = [
+            SelectingBlock if fused and not config.reduces(number) else ObservedBlock
+            for number in range(config.depth - 1)
+        ]
+        if fused and pruned:
+            kinds[-1] = PrunedSelectingBlock
+        self.blocks = nn.ModuleList(kind(config) for kind in kinds)
+        self.last_block = (ClassBlock if pruned else Block)(config)
 
     def forward_features_with_selection(self, images: Tensor) -> tuple[Tensor, Selection]:
-        x, picked, chosen = self.embed(images), [], []  # (B, N, C)
-        for block in self.blocks:
-            x, tokens, index, score = checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
-            picked.append(tokens)  # (B, K, C)
-            chosen.append((index, score))  # (B, K), (B, N)
-        x = torch.cat([x[:, :1], *picked], dim=1)  # the class token and every pick, (B, 1 + (L-1)K, C)
-        x = checkpoint(self.last_block, x, use_reentrant=False) if self.recomputes else self.last_block(x)
-        return self.norm(x[:, 0]), Selection.stack(chosen)
+        x, config = self.embed(images), self.config  # (B, N, C)
+        reduction = TokenReduction(config.keep_rate, config.num_tokens)
+        picker = Picker(self.criterion, config.num_select, config.first_candidate, reduction)
+        for number, block in enumerate(self.blocks):
+            if isinstance(block, ObservedBlock):
+                x, layer = self.run(block, x)
+                picker.judge(x, layer._replace(number=number))
+                if config.reduces(number):
+                    x = reduction.reduce(x, layer)
+            else:
+                x, *picks = self.run(block, x)
+                picker.take(*picks)
+        x = self.run(self.last_block, picker.fused(x))
+        return self.norm(x[:, 0]), picker.selection()
 
 
 def from_config(config: FFVTConfig) -> ViT:
-    """The model that a configuration names, an `FFVT` or the plain `ViT`, with initial weights."""
+    """The model that a configuration names, an `FFVT`, a `TransFG` or the plain `ViT`, with initial weights."""
     return _kind(config)(config)
 
 
 def _kind(config: FFVTConfig) -> type[ViT]:
-    return FFVT if config.feature_fusion else ViT
+    if config.kind == "transfg":
+        from ffvt.model.transfg import TransFG  # which extends the ViT of this module
+
+        return TransFG
+    return FFVT if config.kind == "ffvt" else ViT
 
 
 def create_model(

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffvt.criteria import Layer
 from ffvt.errors import as_integer, require
-from ffvt.kernels.ops import gather_tokens, maws_attention_qkvpacked, maws_select
+from ffvt.kernels.ops import attention_stats, gather_tokens, maws_attention_qkvpacked, maws_select
 from ffvt.model.config import FFVTConfig
 
 LAYER_NORM_EPS = 1e-6
@@ -25,7 +26,7 @@ class PatchEmbed(nn.Module):
         self.image_size = config.image_size
         self.backbone = _resnet50() if config.backbone else None
         channels, patch = (self.backbone.num_features, 1) if self.backbone else (3, config.patch_size)
-        self.proj = nn.Conv2d(channels, config.embed_dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(channels, config.embed_dim, kernel_size=patch, stride=config.patch_stride or patch)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.image_size, self.image_size):
@@ -167,6 +168,15 @@ class PrunedMAWSAttention(MAWSAttention):
         return self.attend(q, k, v), rows, index, score
 
 
+class ObservedAttention(Attention):
+    """`Attention` that leaves its statistics behind: x (B, N, C) -> x (B, N, C), a `Layer`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Layer]:
+        q, k, v = self.project_qkv(x).unbind(2)
+        out, stats = attention_stats(q, k, v)
+        return self.merge_heads(out), Layer(q.detach(), k.detach(), v.detach(), stats)
+
+
 class MLP(nn.Module):
     """Two linear layers with an exact GELU between, dropout after each."""
 
@@ -225,6 +235,16 @@ class ClassBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add_branches(x[:, :1], self.attn(self.norm1(x)))
+
+
+class ObservedBlock(Block):
+    """`Block` that leaves its attention's statistics behind: (B, N, C) -> (B, N, C), a `Layer`."""
+
+    attention = ObservedAttention
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Layer]:
+        attended, layer = self.attn(self.norm1(x))
+        return self.add_branches(x, attended), layer
 
 
 class SelectingBlock(Block):

@@ -1,4 +1,4 @@
-"""What every model that selects tokens has in common: its result, and its ways to run."""
+"""What every model that selects tokens has in common: its result, how it is gathered, and its ways to run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ffvt.criteria import Criterion, Layer, pick
+from ffvt.kernels.ops import gather_tokens
+from ffvt.model.reduction import TokenReduction
 
 
 class Selection(NamedTuple):
@@ -32,6 +36,46 @@ def without_registers(index: Tensor, num_prefix_tokens: int) -> Tensor:
     return (index - (num_prefix_tokens - 1)).clamp(min=0)
 
 
+class Picker:
+    """Gathers what the blocks of one forward pick.
+
+    Args:
+        criterion: scores the tokens of a block whose attention does not pick by itself.
+        num_select: K.
+        first_candidate: tokens [0, first_candidate) are never picked.
+        reduction: which tokens are left, if some are dropped on the way.
+    """
+
+    def __init__(
+        self, criterion: Criterion, num_select: int, first_candidate: int, reduction: TokenReduction | None = None
+    ) -> None:
+        self.criterion, self.num_select, self.first_candidate = criterion, num_select, first_candidate
+        self.reduction = reduction
+        self.layers: list[Layer] = []
+        self.picked: list[Tensor] = []
+        self.chosen: list[tuple[Tensor, Tensor]] = []
+
+    def judge(self, x: Tensor, layer: Layer) -> None:
+        """Picks from a block's output (B, N, C), by what its attention left behind."""
+        layer = layer._replace(tokens=x.detach())
+        self.layers = [*self.layers, layer] if self.criterion.needs_history else [layer]
+        score = self.criterion(self.layers)
+        index = pick(score, self.num_select, self.first_candidate)
+        self.take(gather_tokens(x, index), index, score)
+
+    def take(self, tokens: Tensor, index: Tensor, score: Tensor) -> None:
+        """What a block picked by itself: its tokens (B, K, C), index (B, K) and score (B, N)."""
+        self.picked.append(tokens)
+        self.chosen.append((index, score) if self.reduction is None else self.reduction.original(index, score))
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The class token of x (B, N, C) and every pick: (B, 1 + (L-1)K, C)."""
+        return torch.cat([x[:, :1], *self.picked], dim=1)
+
+    def selection(self) -> Selection:
+        return Selection.stack(self.chosen)
+
+
 class SelectingModel(nn.Module):
     """A model that selects tokens: a subclass writes `forward_features_with_selection` and has the attributes.
 
@@ -47,8 +91,9 @@ class SelectingModel(nn.Module):
     first_candidate: int
     num_prefix_tokens: int
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.forward_features_with_selection(images)[0])
+    def forward(self, images: Tensor, need_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.forward_features(images)
+        return (self.head(features), features) if need_features else self.head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> what `head` sees, (B, C)."""

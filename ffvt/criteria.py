@@ -1,0 +1,341 @@
+"""Criteria: what makes a token worth picking, as published, from statistics that fused attention leaves behind.
+
+A criterion is called with the `Layer`s so far, first to last, and scores every token of the last one; `pick` takes the
+best. No map is made: what needs more of it than the class token's row and column goes by `attention_vecmat`.
+
+    out, stats = ffvt.attention_stats(q, k, v)
+    layer = ffvt.criteria.Layer(q, k, v, stats, tokens=x)
+    index = ffvt.criteria.pick(ffvt.criteria.vote([layer]), num_select=12, first_candidate=1)
+
+Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ffvt.errors import printable, require
+from ffvt.kernels.checks import as_int, check_selection, check_tensors
+from ffvt.kernels.decompositions import select_top
+from ffvt.kernels.ops import AttentionStats, attention_vecmat
+
+PRIME = 2**31 - 1
+
+
+class Layer(NamedTuple):
+    """What the attention of one block left behind.
+
+    Attributes:
+        q, k, v: (B, N, H, D), as the attention multiplied them.
+        stats: of the same call of `attention_stats`.
+        tokens: (B, N, C), what the block gave out; only `similarity` reads it.
+        scale: factor of the logits; 1/sqrt(D) when None.
+        num_prefix_tokens: P, tokens before the patches, the class token first.
+        number: of the layer, from 0; only `random` reads it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    stats: AttentionStats
+    tokens: Tensor | None = None
+    scale: float | None = None
+    num_prefix_tokens: int = 1
+    number: int = 0
+
+    def times(self, weights: Tensor) -> Tensor:
+        """weights (B, H, N) times the map of every head: (B, H, N) fp32."""
+        return attention_vecmat(weights, self.q, self.k, self.stats.lse.detach(), self.scale)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Scores the tokens of the last of some layers: `criterion(layers)` -> (B, N) fp32, never negative.
+
+    Attributes:
+        kind: what `find` knows it by.
+        needs_history: whether it reads the layers before the last.
+    """
+
+    kind: ClassVar[str] = ""
+    needs_history: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """Its kind and, where it is not the usual one, its number: "vote", "vote:12"."""
+        numbers = [getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default]
+        return ":".join([self.kind, *map(str, numbers)])
+
+    @torch.no_grad()
+    def __call__(self, layers: Sequence[Layer]) -> Tensor:
+        return self.score(layers).float()
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        raise NotImplementedError
+
+    def vecmats(self, number: int) -> int:
+        """How many times layer `number`, counted from 0, asks for a vector times a map."""
+        return 0
+
+
+class MAWS(Criterion):
+    """Mutual attention weight: the product of the class token's row and column, each the mean of the heads.
+
+    Source: FFVT (arXiv 2107.02341), section 3.2.
+    """
+
+    kind = "maws"
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        stats = layers[-1].stats
+        return stats.row.mean(1) * stats.column.mean(1)
+
+
+class ClassRow(Criterion):
+    """How much the class token attends to each token, the mean of the heads.
+
+    Source: EViT (arXiv 2202.07800), section 3.2; single attention weight selection of FFVT's ablation (section 4.3);
+    FasterVLM (arXiv 2412.01818).
+    """
+
+    kind = "class_row"
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        return layers[-1].stats.row.mean(1)
+
+
+class Column(Criterion):
+    """How much each token attends to the class token, as a share of all tokens', the mean of the heads.
+
+    Source: the contribution of FFVT (arXiv 2107.02341), section 3.2, alone.
+    """
+
+    kind = "column"
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        return layers[-1].stats.column.mean(1)
+
+
+@dataclass(frozen=True)
+class Vote(Criterion):
+    """Each head votes for the patches that its class token attends to most; a 3 x 3 kernel spreads the votes.
+
+    Attributes:
+        votes: of each head; no more than there are patches.
+
+    Raises:
+        ValueError: when called, the patches are no square.
+
+    Source: IELT (IEEE TMM 2023), multi-head voting.
+    """
+
+    kind: ClassVar[str] = "vote"
+    votes: int = 24
+
+    def __post_init__(self) -> None:
+        require(as_int("vote", "votes", self.votes) >= 1, "vote", "votes", "at least 1", self.votes)
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        row, prefix = layers[-1].stats.row, layers[-1].num_prefix_tokens
+        batch, heads, tokens = row.shape
+        patches = tokens - prefix
+        side = math.isqrt(patches)
+        require(side * side == patches, "vote", "patches", "a square number", patches)
+        best = select_top(row[:, :, prefix:].flatten(0, 1), min(self.votes, patches), 0)
+        votes = torch.zeros_like(row[:, :, prefix:]).scatter(2, best.unflatten(0, (batch, heads)), 1.0).sum(1)
+        return F.pad(_blur(votes.unflatten(1, (side, side))).flatten(1), (prefix, 0))
+
+
+def _blur(counts: Tensor) -> Tensor:
+    """counts (B, S, S) with the kernel 1 2 1, 2 4 2, 1 2 1: exact, for it only adds."""
+    across = F.pad(counts, (1, 1))
+    across = across[:, :, :-2] + 2 * across[:, :, 1:-1] + across[:, :, 2:]
+    down = F.pad(across, (0, 0, 1, 1))
+    return down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+
+
+class ATS(Criterion):
+    """The class token's row times the norm of each value, as a share of the patches', the mean of the heads.
+
+    Source: adaptive token sampling (arXiv 2111.15667), section 3.1.
+    """
+
+    kind = "ats"
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        layer = layers[-1]
+        weighted = layer.stats.row * layer.v.float().norm(dim=-1).transpose(1, 2)  # (B, H, N)
+        total = weighted[:, :, layer.num_prefix_tokens :].sum(-1, keepdim=True)
+        return (weighted / total).mean(1)
+
+
+class Received(Criterion):
+    """How much attention each token receives: the mean over queries and heads.
+
+    Source: the importance of keys in H2O (arXiv 2306.14048); of patches, VisionZip (arXiv 2412.04467) where there is no
+    class token.
+    """
+
+    kind = "received"
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        row = layers[-1].stats.row
+        return layers[-1].times(torch.full_like(row, 1 / row.shape[-1])).mean(1)
+
+    def vecmats(self, number: int) -> int:
+        return 1
+
+
+class Rollout(Criterion):
+    """The class token's row of the product of all maps so far, each the mean of its heads and half an identity.
+
+    Source: Abnar and Zuidema (arXiv 2005.00928), attention rollout.
+    """
+
+    kind = "rollout"
+    needs_history = True
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        *earlier, last = layers
+        flow = _half_identity(last.stats.row.mean(1))
+        for layer in reversed(earlier):
+            heads = layer.stats.row.shape[1]
+            flow = (flow + layer.times(flow.unsqueeze(1).expand(-1, heads, -1)).mean(1)) / 2
+        return flow
+
+    def vecmats(self, number: int) -> int:
+        return number
+
+
+def _half_identity(row: Tensor) -> Tensor:
+    """Half the class token's row (B, N), half the class token itself."""
+    half = row / 2
+    half[:, 0] += 0.5
+    return half
+
+
+class PSM(Criterion):
+    """The class token's row of the product of all maps so far, head by head; the score is the mean of the heads.
+
+    Source: the part selection module of TransFG (arXiv 2103.07976), section 3.3, which takes the best of each head.
+    """
+
+    kind = "psm"
+    needs_history = True
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        return self.per_head(layers).mean(1)
+
+    @torch.no_grad()
+    def per_head(self, layers: Sequence[Layer]) -> Tensor:
+        """The row of each head, (B, H, N) fp32."""
+        *earlier, last = layers
+        flow = last.stats.row
+        for layer in reversed(earlier):
+            flow = layer.times(flow)
+        return flow
+
+    def vecmats(self, number: int) -> int:
+        return number
+
+
+class Similarity(Criterion):
+    """Cosine between the class token and each token as the block gave them out, moved to [0, 1].
+
+    Source: GLSim (arXiv 2407.12891), global-local similarity.
+    """
+
+    kind = "similarity"
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        tokens = layers[-1].tokens
+        require(tokens is not None, "similarity", "tokens", "given in the Layer", tokens)
+        return (1 + F.cosine_similarity(tokens[:, :1].float(), tokens.float(), dim=-1)) / 2
+
+
+@dataclass(frozen=True)
+class Random(Criterion):
+    """The control: scores that know nothing of the image. They differ by seed, layer, place in the batch and token,
+    and are the same in every run, on every backend and device.
+
+    Attributes:
+        seed: at least 0.
+    """
+
+    kind: ClassVar[str] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(as_int("random", "seed", self.seed) >= 0, "random", "seed", "at least 0", self.seed)
+
+    def score(self, layers: Sequence[Layer]) -> Tensor:
+        row = layers[-1].stats.row
+        place = torch.arange(row.shape[0], device=row.device).unsqueeze(1)
+        token = torch.arange(row.shape[2], device=row.device)
+        start = (self.seed * 1000003 + layers[-1].number * 7919) % PRIME
+        mixed = start + place * 104729 + token * 15485863
+        for _ in range(3):  # squares modulo a prime below 2^31 fit in int64, and every exporter knows them
+            mixed = mixed % PRIME
+            mixed = (mixed * mixed + 48271 * mixed + 1) % PRIME
+        return mixed.float() / PRIME
+
+
+_KINDS = (MAWS, ClassRow, Column, Vote, ATS, Received, Rollout, PSM, Similarity, Random)
+maws, class_row, column, vote, ats, received, rollout, psm, similarity, random = (kind() for kind in _KINDS)
+_CRITERIA = {criterion.kind: criterion for criterion in (kind() for kind in _KINDS)}
+
+
+def names() -> tuple[str, ...]:
+    """What `find` knows. "vote" and "random" take a number: "vote:12" votes a head, "random:7" the seed."""
+    return tuple(_CRITERIA)
+
+
+def find(criterion: str | Criterion) -> Criterion:
+    """The criterion of a name, or the criterion itself.
+
+    Raises:
+        ValueError: an unknown name, or a number where there is none or that does not hold.
+        TypeError: neither a name nor a criterion.
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if not isinstance(criterion, str):
+        raise TypeError(f"criteria: criterion must be a name or a Criterion; got {type(criterion).__name__}")
+    kind, colon, number = criterion.partition(":")
+    known = _CRITERIA.get(kind)
+    if known is None or (colon and not (fields(known) and number.isascii() and number.isdigit() and len(number) < 10)):
+        must = f"one of {', '.join(names())} (vote:NUMBER, random:SEED)"
+        raise ValueError(f"criteria: criterion must be {must}; got criterion={printable(repr(criterion))}")
+    return type(known)(int(number)) if colon else known
+
+
+def pick(score: Tensor, num_select: int, first_candidate: int = 0) -> Tensor:
+    """The tokens of the largest scores, best first; equal scores: lower index first; NaN ranks last.
+
+    Args:
+        score: (B, N) fp32.
+        num_select: K, 1 <= K <= N - first_candidate.
+        first_candidate: tokens [0, first_candidate) are never picked.
+
+    Returns:
+        (B, K) int64.
+
+    Raises:
+        ValueError: a shape or a value does not hold. TypeError: the score is no tensor, or a count no integer.
+    """
+    check_tensors("pick", score=score)
+    num_select, first_candidate = (
+        as_int("pick", "num_select", num_select),
+        as_int("pick", "first_candidate", first_candidate),
+    )
+    if score.ndim != 2:
+        raise ValueError(f"pick: score must be (B, N); got score.shape={tuple(score.shape)}")
+    check_selection("pick", score.shape[1], num_select, first_candidate)
+    return select_top(score.detach(), num_select, first_candidate)
