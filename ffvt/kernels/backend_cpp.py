@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ffvt import _C
-from ffvt.kernels.backend_torch import attention_stats_forward, attention_vecmat_forward  # noqa: F401
 
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2")  # each includes those behind it
 VARIABLE = "FFVT_CPU_CAPABILITY"
