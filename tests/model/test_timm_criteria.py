@@ -229,52 +229,55 @@ def test_what_cannot_be_picked_is_named(options, error, message):
     assert repr(vit) == before
 
 
-class TestByName:
-    NAME = "timm:deit_tiny_distilled_patch16_224"
-    SIZES = dict(image_size=64, num_classes=5, num_select=3, embed_dim=48, depth=4, num_heads=3)
+NAMED = "timm:deit_tiny_distilled_patch16_224"
+SIZES = dict(image_size=64, num_classes=5, num_select=3, embed_dim=48, depth=4, num_heads=3)
 
-    def test_saved_and_loaded_it_is_the_same(self, tmp_path):
-        options = dict(criterion="class_row", keep_rate=0.5, locations=[0, 1])  # a list, as config.json has it
-        model = spread(ffvt.create_model(self.NAME, **self.SIZES, **options).eval())
-        model.save_pretrained(tmp_path)
-        loaded = ffvt.load_pretrained(tmp_path)
-        images = torch.randn(2, 3, 64, 64)
-        assert loaded.config == model.config
-        assert (loaded.config.locations, loaded.locations) == ((0, 1), (0, 1))
-        assert (loaded.criterion.name, loaded.keep_rate) == ("class_row", 0.5)
-        assert torch.equal(loaded(images), model(images))
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (dict(criterion="attention"), "criterion must be one of maws"),
-            (dict(criterion=3), "^TimmConfig: criterion must be a name"),
-            (dict(keep_rate=1.5), "^TimmConfig: keep_rate must be in"),
-            (dict(locations="0"), "^TimmConfig: locations must be integers"),
-            (dict(keep_rate=0.5, feature_fusion=False), "^TimmConfig: keep_rate must be 1 without feature fusion"),
-            (dict(keep_rate=0.5, locations=(5,)), "^add_feature_fusion: locations must be in rising order"),
-            (dict(head="transfg"), r"^create_model: overrides must be fields of TimmConfig; got overrides=\['head'\]"),
-            (dict(patch_stride=12), r"got overrides=\['patch_stride'\]"),
-        ],
-    )
-    def test_values_that_do_not_hold_are_named(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            ffvt.create_model(self.NAME, **self.SIZES, **options)
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    options = dict(criterion="class_row", keep_rate=0.5, locations=[0, 1])  # a list, as config.json has it
+    model = spread(ffvt.create_model(NAMED, **SIZES, **options).eval())
+    model.save_pretrained(tmp_path)
+    loaded = ffvt.load_pretrained(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    assert loaded.config == model.config
+    assert (loaded.config.locations, loaded.locations) == ((0, 1), (0, 1))
+    assert (loaded.criterion.name, loaded.keep_rate) == ("class_row", 0.5)
+    assert torch.equal(loaded(images), model(images))
 
-    @pytest.mark.parametrize("feature_fusion", [True, False])
-    def test_features_come_with_the_logits(self, feature_fusion):
-        model = spread(ffvt.create_model(self.NAME, **self.SIZES, feature_fusion=feature_fusion).eval())
-        images = torch.randn(2, 3, 64, 64)
-        logits, features = model(images, need_features=True)
-        assert features.shape == (2, 48)
-        assert torch.equal(logits, model(images))
-        assert torch.equal(features, model.forward_features(images))
-        assert torch.equal(model.forward_head(features, pre_logits=True), features)
 
-    def test_two_heads_do_not_see_the_mean_of_their_tokens(self):
-        model = ffvt.create_model(self.NAME, **self.SIZES, feature_fusion=False)
-        with pytest.raises(ValueError, match="^forward_head: head must be one module .*got head='tuple'"):
-            model.forward_head(torch.zeros(2, 48))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(criterion="attention"), "criterion must be one of maws"),
+        (dict(criterion=3), "^TimmConfig: criterion must be a name"),
+        (dict(keep_rate=1.5), "^TimmConfig: keep_rate must be in"),
+        (dict(locations="0"), "^TimmConfig: locations must be integers"),
+        (dict(keep_rate=0.5, feature_fusion=False), "^TimmConfig: keep_rate must be 1 without feature fusion"),
+        (dict(keep_rate=0.5, locations=(5,)), "^add_feature_fusion: locations must be in rising order"),
+        (dict(head="transfg"), r"^create_model: overrides must be fields of TimmConfig; got overrides=\['head'\]"),
+        (dict(patch_stride=12), r"got overrides=\['patch_stride'\]"),
+    ],
+)
+def test_values_that_do_not_hold_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ffvt.create_model(NAMED, **SIZES, **options)
+
+
+@pytest.mark.parametrize("feature_fusion", [True, False])
+def test_features_come_with_the_logits(feature_fusion):
+    model = spread(ffvt.create_model(NAMED, **SIZES, feature_fusion=feature_fusion).eval())
+    images = torch.randn(2, 3, 64, 64)
+    logits, features = model(images, need_features=True)
+    assert features.shape == (2, 48)
+    assert torch.equal(logits, model(images))
+    assert torch.equal(features, model.forward_features(images))
+    assert torch.equal(model.forward_head(features, pre_logits=True), features)
+
+
+def test_two_heads_do_not_see_the_mean_of_their_tokens():
+    model = ffvt.create_model(NAMED, **SIZES, feature_fusion=False)
+    with pytest.raises(ValueError, match="^forward_head: head must be one module .*got head='tuple'"):
+        model.forward_head(torch.zeros(2, 48))
 
 
 def test_a_plain_model_gives_all_tokens_by_its_vit():

@@ -57,7 +57,7 @@ def reduced_by_hand(vit, images):
         if rope is None:
             last = vit.blocks[-1](fused)
         else:
-            last = last_block(copy.deepcopy(vit), fused, tables[-1], torch.tensor(sum(chosen, [])))
+            last = last_block(copy.deepcopy(vit), fused, tables[-1], torch.tensor(chosen).flatten())
         found.append((getattr(vit, "fc_norm", nn.Identity())(vit.norm(last[:, 0])), torch.tensor([chosen])))
     features, index = zip(*found)
     return torch.cat(features), torch.cat(index), len(where)
