@@ -161,7 +161,7 @@ def test_half_precision_picks_as_many(criterion):
 
 
 CASES = {name: dict(criterion=name) for name in criteria.names()} | {"reduced": dict(keep_rate=0.6, locations=(0,))}
-COMPILED = [pytest.param(name, marks=[] if name in ("vote", "psm", "reduced") else pytest.mark.slow) for name in CASES]
+COMPILED = [pytest.param(name, marks=[] if name in ("psm", "reduced") else pytest.mark.slow) for name in CASES]
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -182,7 +182,7 @@ def test_it_compiles_with_recomputation():
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[] if name in ("psm", "reduced") else pytest.mark.slow) for name in CASES]
+    "case", [pytest.param(name, marks=[] if name == "reduced" else pytest.mark.slow) for name in CASES]
 )
 def test_it_is_exported_and_decomposed(case):
     model, images = fused("layer scale, registers", **CASES[case]), torch.randn(3, 3, 64, 64)
