@@ -173,7 +173,7 @@ def render_accuracies(records: Iterable[Record]) -> str:
 
 
 def render_criteria(records: Iterable[Record]) -> str:
-    """Markdown: a table for each setting, best first; a row per criterion: accuracy, its spread over seeds, hit rate."""
+    """Markdown: a table for each setting, best first; a row per criterion: accuracy, spread of the seeds, hit rate."""
     tables = []
     for parameters, found in grouped(records, lambda record: record["parameters"]).items():
         where = found[-1]["environment"]
