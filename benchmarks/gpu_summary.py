@@ -21,7 +21,7 @@ def summary(records: Sequence[Record], failures: Sequence[str], left_out: Sequen
         [f"- {record['what']}: {record['rate']:.2f} {record['unit']}" for record in of(records, "ceilings")],
         ["", "How many times faster ours is, statistics and selection included; below 1 it is slower.", ""],
         [attention_table(timed(records, "attention")), ""],
-        [selection_table(timed(records, "selection")), ""],
+        [selection_table([*timed(records, "selection"), *timed(records, "statistics")]), ""],
         [variants_table(timed(records, "variants")), ""],
         [model_table(of(records, "model")), ""],
         ["Not measured:", *(f"- {line}" for line in missing), *(f"- no time for {what}" for what in left_out)],
