@@ -59,16 +59,16 @@ def attention_table(records: Iterable[Record]) -> str:
 
 
 def selection_table(records: Iterable[Record]) -> str:
-    """A row per size, operator, launch and rival: microseconds."""
+    """A row per size, dtype, operator, launch and rival: microseconds."""
     rows = [
         [
             f"{record['parameters']['batch_size']}, {record['parameters']['tokens']}",
-            *(record["mode"], record["launch"], record["case"]),
+            *(record["dtype"], record["mode"], record["launch"], record["case"]),
             f"{record['time_ms']['median'] * 1e3:.1f}",
         ]
         for record in records
     ]
-    return table(["B, N", "what", "launch", "case", "us"], "llllr", rows)
+    return table(["B, N", "dtype", "what", "launch", "case", "us"], "lllllr", rows)
 
 
 def variants_table(records: Iterable[Record]) -> str:

@@ -101,6 +101,15 @@ def test_a_row_has_changed_where_its_source_or_configuration_is_not_as_recorded(
     assert static_jobs.changed(jobs, recorded) == [jobs[7]]
 
 
+def test_an_update_keeps_what_is_still_shipped_in_the_order_of_the_jobs():
+    jobs = list(static_jobs.jobs())[:20]
+    shipped = [json.loads(json.dumps(job.to_dict())) for job in jobs]
+    records = [*reversed(shipped), {**shipped[3], "source": "another"}]
+    assert static_jobs.of_jobs(jobs, records) == shipped
+    with pytest.raises(KeyError):
+        static_jobs.of_jobs(jobs, shipped[1:])
+
+
 @pytest.fixture
 def fresh_hashes():
     static_jobs.source_hash.cache_clear()
