@@ -8,6 +8,8 @@ backend travels as an argument, so that a backward runs on the backend of its fo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -173,7 +175,8 @@ def _attention_stats(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backe
     check_scale("attention_stats", scale)
     q, k, v = _unit(q), _unit(k), _unit(v)
     module = resolve("attention_stats", backend, q, k, v)
-    return module.attention_stats_forward(q, k, v, _scale(scale, q.shape[-1]))
+    with torch.autocast(q.device.type, enabled=False):  # it would round the logits of what PyTorch multiplies
+        return module.attention_stats_forward(q, k, v, _scale(scale, q.shape[-1]))
 
 
 def _attention_stats_fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> _Attended:
@@ -196,7 +199,8 @@ def _attention_vecmat(
     q, k = _unit(q), _unit(k)
     lse = None if lse is None else lse.contiguous()
     module = resolve("attention_vecmat", backend, q, k)
-    return module.attention_vecmat_forward(weights.contiguous(), q, k, lse, _scale(scale, q.shape[-1]))
+    with torch.autocast(q.device.type, enabled=False):  # as above
+        return module.attention_vecmat_forward(weights.contiguous(), q, k, lse, _scale(scale, q.shape[-1]))
 
 
 def _attention_vecmat_fake(
@@ -301,8 +305,22 @@ def _register_operators() -> None:
     for schema, (kernel, fake) in _OPERATORS.items():
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ffvt::{name}", fake, lib=_LIBRARY)
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, whose own products of fp32 autocast leaves alone: the public functions have cast what it asks for."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
 
 
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
