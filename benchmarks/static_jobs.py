@@ -98,7 +98,7 @@ def jobs() -> Iterator[Job]:
                         extra = {gradient: None} if gradient else {}
                         yield _job(name, arch, dtype, head_dim, {"D": head_dim, **extra}, config)
                 lse_alone = {"D": head_dim, "v": None, "out_ptr": None}
-                config = tuning.attention_config("forward", arch, size, head_dim)
+                config = tuning.attention_config("log_sum_exp", arch, size, head_dim)
                 yield _job("log_sum_exp", arch, dtype, head_dim, lse_alone, config)
                 yield _job("class_logits", arch, dtype, head_dim, {"D": head_dim}, tuning.CLASS_LOGITS)
             yield _job("gather", arch, dtype, 0, {}, tuning.GATHER)

@@ -61,7 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor
     B, N, H, D = q.shape
     out = None if v is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse, row, col = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
-    config = tuning.attention_config("forward", tuning.architecture(q.device), q.element_size(), D)
+    kernel = "log_sum_exp" if v is None else "forward"
+    config = tuning.attention_config(kernel, tuning.architecture(q.device), q.element_size(), D)
     values = None if v is None else strided(v)
     if B:
         attention_forward_kernel[config.grid(N, B * H)](

@@ -69,6 +69,7 @@ L2 = "128 queries a program: at 64 the keys and values would come out of L2 at 2
 FITS = "largest tile of those tried (16x64 to 128x64) without a spill, two programs a multiprocessor if any"
 SCALAR = "fp32 runs on scalar units: larger tiles spill"
 L2_QUERIES = "128 keys a program: at 64 the queries would come out of L2 at D / 2 bytes a clock per multiprocessor"
+WARPS = "no fewer warps a multiprocessor than at 64x128, which spills on gfx942"
 TILES = "the interpreter's time goes by the number of tiles"
 
 ANY = "any"
@@ -121,10 +122,15 @@ TABLES = {
     "vecmat": (
         Tiling("interpreter",       4, 128,      64,      64,     4,      1, TILES),
         Tiling("sm_90 sm_100",      2, 128,      64,     128,     8,      2, L2_QUERIES),
-        Tiling(ANY,                 2, 128,      64,      64,     4,      2, FITS),
+        Tiling(ANY,                 2, 128,      64,      64,     4,      2, WARPS),
+        Tiling("sm_80 sm_86 sm_89", 4,  64,      32,      32,     4,      1, SCALAR),
+        Tiling("sm_80 sm_86 sm_89", 4,  96,      32,      16,     4,      1, SCALAR),
+        Tiling("sm_100",            4, 128,      32,      32,     8,      1, SCALAR),
         Tiling(ANY,                 4, 128,      32,      32,     4,      1, SCALAR),
     ),
 }
+# the forward kernel without values
+TABLES["log_sum_exp"] = (Tiling("sm_90", 4, 96, 32, 32, 4, 1, SCALAR), *TABLES["forward"])
 KEYS_OWNED = ("key_gradient", "vecmat")  # whose programs own keys; those of the others own queries
 # fmt: on
 

@@ -61,7 +61,6 @@ def test_the_statistics_are_those_of_the_reference_in_fp64(dtype, tokens, head_d
     expected, magnitude = (ffvt.reference.attention_vecmat(w, q, k).double() for w in (weights, weights.abs()))
     for found in (with_lse, without_lse):
         assert ((found.double() - expected).abs() - 1e-4 * magnitude).max() <= 0
-    assert torch.equal(with_lse, without_lse)
 
 
 @BOTH

@@ -47,7 +47,8 @@ def test_a_head_s_lines_lie_in_one_program(num_tokens, block, warps):
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 32, 33, 34, 64, 65])
 @pytest.mark.parametrize(
-    ("kernel", "tile"), [("forward", 32), ("query_gradient", 32), ("key_gradient", 16), ("vecmat", 16)]
+    ("kernel", "tile"),
+    [("forward", 32), ("query_gradient", 32), ("log_sum_exp", 32), ("key_gradient", 16), ("vecmat", 16)],
 )
 def test_the_grid_covers_every_patch_once_and_each_class_token(kernel, tile, num_tokens):
     programs = tuning.tiling_config(kernel, SMALL).grid(num_tokens, 3)
