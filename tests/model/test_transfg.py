@@ -1,6 +1,7 @@
 """TransFG: parity with its authors, exact shortcuts, weights of every layout, the ways to run it, bad input."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ffvt.export_check import compare
 from ffvt.model import transfg
 from ffvt.model.config import FFVTConfig
 from ffvt.train.optim import make_optimizer, make_scheduler
-from tests.helpers import GOLDEN, golden, relative_error, tiny_model
+from tests.helpers import GOLDEN, golden, named, relative_error, tiny_model
 
 GOLDENS = {"transfg_tiny": None, "transfg_tiny_overlap": 12}  # file: patch_stride
 SMOOTHING = {"transfg_tiny": 0.1, "transfg_tiny_overlap": 0.0}
@@ -272,10 +273,18 @@ def test_heads_may_share_a_part_and_its_gradient_adds_up():
         assert relative_error(a.grad, b.grad.numpy()) < 1e-5 or b.grad.abs().max() < 1e-4, name
 
 
-@both_ways
-def test_compiles_in_one_graph(prune_dead_rows):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"prune_dead_rows": False}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=named,
+)
+def test_compiles_in_one_graph(changes):
     torch.compiler.reset()
-    model = with_head(prune_dead_rows=prune_dead_rows)
+    model = with_head(**changes)
     images = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), model(images))
@@ -294,6 +303,7 @@ def test_exports_with_any_batch_size(prune_dead_rows):
     torch.testing.assert_close(program.module()(images), model(images))
 
 
+@pytest.mark.slow
 def test_a_program_without_our_operators_gives_logits_parts_and_scores(tmp_path):
     model = with_head(image_size=40, patch_stride=12, depth=3).eval()
     report = ffvt.export_model(model, tmp_path / "model.pt2", with_selection=True, check=3)
@@ -343,10 +353,12 @@ def test_autocast_trains(dtype, prune_dead_rows):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_bf16_picks_by_fp32_scores():
+@pytest.mark.parametrize("name", ["torch", "reference", None])
+def test_bf16_picks_by_fp32_scores(name):
     """Rounding changes what is multiplied, not how: the score is still a row of a product of maps."""
     model = with_head().eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    forced = ffvt.use_backend(name) if name else nullcontext()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), forced:
         _, selection = model.forward_with_selection(torch.randn(2, 3, 64, 64))
     assert selection.score.dtype == torch.float32
     torch.testing.assert_close(selection.score.sum(-1), torch.ones(2, 4), rtol=0, atol=1e-3)
