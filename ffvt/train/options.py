@@ -14,7 +14,7 @@ from typing import Any
 
 from ffvt.data.layouts import DATASETS, canonical_name
 from ffvt.errors import require
-from ffvt.model.config import AUTHORS_NAMES, LAST_BLOCKS, PRESETS
+from ffvt.model.config import AUTHORS_NAMES, HEADS, LAST_BLOCKS, PRESETS
 from ffvt.precision import PRECISIONS
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -25,6 +25,7 @@ DEVICES = ("auto", "cpu", "cuda")
 IN_EPOCHS = {"epochs": "num_steps", "warmup_epochs": "warmup_steps", "eval_epochs": "eval_every"}
 MIN_ALPHA = 0.01  # below it PyTorch's Beta distribution gives 0.5 in the place of many a 0 or 1
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
+MODEL_CHOICES = ("criterion", "head", "patch_stride", "keep_rate", "locations")  # not every kind of model has them
 LONGEST_NAME = 150  # letters; a file's name has 255 bytes, and copies and locks of a run have longer ones
 
 DATA, AUGMENTATION, MODEL, OPTIMISER = "data", "augmentation and balance", "model", "optimiser"
@@ -39,7 +40,7 @@ def option(
     *,
     authors: bool = False,
     kind: type | None = None,
-    count: int | None = None,
+    count: int | str | None = None,
     **limits,
 ) -> Any:
     """Declares one option: a field of `TrainOptions` and a flag of the same name.
@@ -50,7 +51,8 @@ def option(
         group: the topic under which `--help` shows it.
         authors: whether it is a flag of the authors' code, whose name stays.
         kind: the type of the flag's value where the default is None or empty.
-        count: how many values the flag takes, where that is not one: the field is a tuple, () for the default.
+        count: how many values the flag takes, where that is not one: the field is a tuple, () for none. "+": any number
+            of integers but none.
         limits: choices, model (choices, or timm:NAME), at_least, above, or within (an interval such as "[0, 1)").
     """
     facts = {"help": help, "group": group, "authors": authors, "kind": kind or type(default)}
@@ -152,12 +154,27 @@ class TrainOptions:
     first_candidate: int = option(
         0, "tokens before this one are never picked; 1: the class token, and of timm's models all registers", MODEL
     )
+    criterion: str = option(
+        "maws", "what picks the tokens of FFVT, a name of ffvt.criteria: class_row, vote, random:7, ...", MODEL
+    )
+    head: str = option(
+        "ffvt", "transfg trains a TransFG, with or without feature_fusion: one part per head", MODEL, choices=HEADS
+    )
     dropout: float = option(0.1, "dropout rate", MODEL)
     embed_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     depth: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     num_heads: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     mlp_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     patch_size: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
+    patch_stride: int | None = option(
+        None, "pixels from one patch to the next, at most patch_size; left out: patch_size, no overlap", MODEL, kind=int
+    )
+    keep_rate: float = option(
+        1.0, "fraction of the patches that stay after each block of locations; the rest become one token", MODEL
+    )
+    locations: tuple[int, ...] = option(
+        (3, 6, 9), "these blocks, from 0; not read with keep_rate 1", MODEL, kind=int, count="+"
+    )
 
     optimizer: str = option("sgd", "optimiser", OPTIMISER, choices=OPTIMIZERS)
     learning_rate: float = option(3e-2, "peak learning rate", OPTIMISER, authors=True, above=0)
@@ -281,7 +298,9 @@ class TrainOptions:
 
     def _check_limits(self, declared: Field) -> None:
         name, value, facts = declared.name, getattr(self, declared.name), declared.metadata
-        if facts["count"]:
+        if facts["count"] == "+":
+            self._require(isinstance(value, tuple) and value and all(map(_is_integer, value)), name, "integers")
+        elif facts["count"]:
             self._require(_are_numbers(value, facts["count"]), name, f"{facts['count']} numbers, or empty")
         for one in value if facts["count"] else (value,):
             if isinstance(one, float):
@@ -299,8 +318,11 @@ class TrainOptions:
         return "fp16" if self.fp16 else self.precision
 
     def model_fields(self, num_classes: int) -> dict[str, Any]:
-        """The fields of `FFVTConfig` that these options set, beside the preset `model_type`."""
+        """The fields of `FFVTConfig` that these options set, beside the preset `model_type`; of those that a model of
+        timm may lack, the ones that are not at their default."""
+        defaults = {declared.name: declared.default for declared in fields(self)}
         given = {name: getattr(self, name) for name in MODEL_OVERRIDES if getattr(self, name) is not None}
+        given |= {name: getattr(self, name) for name in MODEL_CHOICES if getattr(self, name) != defaults[name]}
         same = ("feature_fusion", "first_candidate", "dropout", "gradient_checkpointing")
         sizes = {"image_size": self.img_size, "num_classes": num_classes, "num_select": self.num_token}
         return {**given, **{name: getattr(self, name) for name in same}, **sizes}
@@ -320,6 +342,10 @@ class TrainOptions:
 def _as_tuple(value: Any) -> Any:
     """A list, as JSON and a command line give it, as the tuple that a field holds."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _are_numbers(value: Any, count: int) -> bool:
