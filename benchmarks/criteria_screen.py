@@ -116,7 +116,7 @@ def prepare(photographs: Path, weights: Path, cache: Path, names: Sequence[str],
     num_classes, counts = len(splits[0].classes), tuple(len(images) for images in splits)
     wanted = {"photographs": str(photographs.resolve()), "weights": str(weights.resolve()), "images": list(counts)}
     facts = cache / "facts.json"
-    known = [name for name in names if name.partition(":")[0] in criteria.names()]
+    known = [*criteria.names(), *(name for name in names if ":" in name)]
     kept = json.loads(facts.read_text()) if facts.exists() else {}
     if {**kept, "names": None} != {**wanted, "names": None} or not set(known) <= set(kept["names"]):
         cache.mkdir(parents=True, exist_ok=True)
