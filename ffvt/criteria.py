@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     """What the attention of one block left behind.
 
     Attributes:
-        q, k, v: (B, N, H, D), as the attention multiplied them.
+        q, k, v: (B, N, H, D), as the attention multiplied them; only `ats` reads v.
         stats: of the same call of `attention_stats`.
         tokens: (B, N, C), what the block gave out; only `similarity` reads it.
         scale: factor of the logits; 1/sqrt(D) when None.
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     stats: AttentionStats
     tokens: Tensor | None = None
     scale: float | None = None
@@ -236,11 +236,14 @@ class PSM(Criterion):
     @torch.no_grad()
     def per_head(self, layers: Sequence[Layer]) -> Tensor:
         """The row of each head, (B, H, N) fp32."""
-        *earlier, last = layers
-        flow = last.stats.row
+        return self.carry(layers[-1].stats.row, layers[:-1])
+
+    @torch.no_grad()
+    def carry(self, row: Tensor, earlier: Sequence[Layer]) -> Tensor:
+        """The last layer's row of each head, (B, H, N) fp32, through the maps of the layers before it."""
         for layer in reversed(earlier):
-            flow = layer.times(flow)
-        return flow
+            row = layer.times(row)
+        return row
 
     def vecmats(self, number: int) -> int:
         return number

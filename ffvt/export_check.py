@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffvt.model.selection import SelectingModel
+from ffvt.model.selection import SelectingModel, Selection
 
 TOLERANCE = 1e-4  # largest accepted difference of the logits, and of the scores, as a share of the largest
 CLEAR = 4  # picks are clear where the gap after the K-th score is more than CLEAR times the scores' error
@@ -45,7 +45,8 @@ class Comparison:
 class Expected(NamedTuple):
     """What a model gives for some images; index, score and clear are None for a plain ViT.
 
-    logits (B, classes), index (B, L-1, K), score (B, L-1, N), and clear (B, L-1) bool: whether the gap between the K-th
+    logits (B, classes), index (B, L-1, K), score (B, L-1, N) (of a TransFG a line per head, not per layer), and clear
+    (B, L-1) bool: whether the gap between the K-th
     score and the next is larger than CLEAR times the error of the scores, which fp64 tells.
     """
 
@@ -83,7 +84,7 @@ def compare(
         is_zero = is_zero and not expected.logits.any()
         images, excused = images + size, excused + int((~kept).sum())
         if selection:
-            picks += _compare_picks(*selection, expected)
+            picks += _compare_picks(Selection(*selection), expected)
     if excused == images:
         raise ValueError(f"export: an image must have clear picks to be compared; got none among {images}")
     return Comparison(images, excused, difference, picks, is_zero)
@@ -93,7 +94,8 @@ def expect(model: nn.Module, exact: nn.Module, images: Tensor) -> Expected:
     """What `model` gives for images (B, 3, S, S), and which picks are clear; `exact` is the same model in fp64."""
     if not isinstance(model, SelectingModel):
         return Expected(model(images), None, None, None)
-    logits, (index, score) = model.forward_with_selection(images)
+    logits, selection = model.forward_with_selection(images)
+    index, score = selection.lines, selection.score
     truth = exact.forward_with_selection(images.double())[1].score
     error = (score - truth).abs().amax(-1)  # (B, L-1)
     candidates = truth[..., model.first_candidate :]
@@ -110,10 +112,10 @@ def _comparable(logits: Tensor, expected: Expected) -> Tensor:
     return expected.clear.all(1) | near
 
 
-def _compare_picks(index: Tensor, score: Tensor, expected: Expected) -> int:
+def _compare_picks(selection: Selection, expected: Expected) -> int:
     """How many layers of images have clear picks; they are the file's too."""
-    _close("scores", score, expected.score)
-    same = (index.sort(-1).values == expected.index.sort(-1).values).all(-1)  # (B, L-1)
+    _close("scores", selection.score, expected.score)
+    same = (selection.lines.sort(-1).values == expected.index.sort(-1).values).all(-1)  # (B, L-1)
     wrong = int((expected.clear & ~same).sum())
     if wrong:
         raise ValueError(f"export: the file must pick as the model; got other picks in {wrong} layers of images")

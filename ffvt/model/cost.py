@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ffvt.criteria import find, psm
 from ffvt.model.config import FFVTConfig
 
 
@@ -21,24 +22,55 @@ class BlockRows:
         computed: tokens whose query, attention and MLP are computed.
         selects: whether the block picks tokens.
         pruned: whether only the rows that are read later are computed.
+        observed: whether its attention leaves q, k, v and statistics behind, for a criterion or token reduction.
+        vecmats: vectors times a map, of `attended` tokens each, by which the tokens of this block are scored.
+        reduced: tokens, of all that it gives out, that are summed into one behind it; 0 without token reduction there.
+        recomputed: whether activation checkpointing computes it again.
     """
 
     attended: int
     computed: int
     selects: bool
     pruned: bool
+    observed: bool = False
+    vecmats: int = 0
+    reduced: int = 0
+    recomputed: bool = True
 
 
 def block_rows(config: FFVTConfig) -> list[BlockRows]:
-    """The tokens of every block, the exact pruning of the last two included."""
-    tokens, depth, pruned = config.num_tokens, config.depth, config.prune_dead_rows
-    if not config.feature_fusion:
-        full = [BlockRows(tokens, tokens, False, False)] * (depth - 1)
-        return [*full, BlockRows(tokens, 1 if pruned else tokens, False, pruned)]
-    fused = 1 + (depth - 1) * config.num_select
-    full = [BlockRows(tokens, tokens, True, False)] * (depth - 2)
-    selecting = BlockRows(tokens, 1 + config.num_select if pruned else tokens, True, pruned)
-    return [*full, selecting, BlockRows(fused, 1 if pruned else fused, False, pruned)]
+    """The tokens of every block, the exact pruning of the last two and token reduction included."""
+    before_last = config.depth - 1
+    rows = {"vit": _plain_rows, "ffvt": _selecting_rows, "transfg": _part_rows}[config.kind]
+    blocks = [rows(config, number, config.tokens_after(number)) for number in range(before_last)]
+    last = {
+        "vit": config.tokens_after(before_last),
+        "ffvt": 1 + before_last * config.num_select,
+        "transfg": 1 + config.num_heads,
+    }[config.kind]
+    pruned = config.prune_dead_rows
+    return [*blocks, BlockRows(last, 1 if pruned else last, False, pruned)]
+
+
+def _plain_rows(config: FFVTConfig, number: int, tokens: int) -> BlockRows:
+    reduces = config.reduces(number)
+    return BlockRows(tokens, tokens, False, False, observed=reduces, reduced=tokens * reduces)
+
+
+def _selecting_rows(config: FFVTConfig, number: int, tokens: int) -> BlockRows:
+    criterion, reduces = find(config.criterion), config.reduces(number)
+    observed = criterion.kind != "maws" or reduces
+    pruned = config.prune_dead_rows and not observed and number == config.depth - 2
+    computed = 1 + config.num_select if pruned else tokens
+    return BlockRows(tokens, computed, True, pruned, observed, criterion.vecmats(number), tokens * reduces)
+
+
+def _part_rows(config: FFVTConfig, number: int, tokens: int) -> BlockRows:
+    if number < config.depth - 2:
+        return BlockRows(tokens, tokens, False, False, observed=True)
+    pruned = config.prune_dead_rows
+    computed = 1 + config.num_heads if pruned else tokens
+    return BlockRows(tokens, computed, True, pruned, not pruned, psm.vecmats(number), recomputed=False)
 
 
 def flops_per_image(config: FFVTConfig, training: bool = False, recomputation: bool = False) -> int:
@@ -47,35 +79,52 @@ def flops_per_image(config: FFVTConfig, training: bool = False, recomputation: b
     Args:
         config: of the model.
         training: with the backward: two products for each of the forward; one for the patch embedding, whose input
-            needs no gradient; none for selection, which has no gradient.
+            needs no gradient, and for token reduction, whose weights need none; none for selection, which has no
+            gradient.
         recomputation: also what training computes again: the logits in attention's backward, and all blocks with
             gradient checkpointing (without dropout PyTorch can leave out their last product). Without it the share of
             a machine's rate is the usual MFU.
 
-    Selection costs nothing in a block that computes all its tokens: it reads logits that are there anyway.
+    Selection costs nothing in a block that computes all its tokens, but for a criterion's vectors times maps: it reads
+    logits that are there anyway.
 
     Raises:
         NotImplementedError: the hybrid, whose backbone is not counted.
     """
     refuse_hybrid(config)
-    dim, hidden = config.embed_dim, config.mlp_dim
+    dim = config.embed_dim
     patches = 2 * config.grid_size**2 * 3 * config.patch_size**2 * dim
-    linear = attention = selection = 0
-    for rows in block_rows(config):
-        linear += 2 * rows.attended * dim * 3 * dim  # q, k, v
-        linear += 2 * rows.computed * dim * (dim + 2 * hidden)  # projection, MLP
-        attention += 4 * rows.computed * rows.attended * dim  # logits, and probabilities times v
-        if rows.selects and rows.pruned:
-            selection += 4 * rows.attended * dim  # a row and a column of logits
     head = 2 * dim * config.num_classes
-    forward = patches + linear + attention + selection + head
+    blocks = block_rows(config)
+    products = sum(_block_products(config, rows) for rows in blocks)
+    lines = sum(_class_lines(config, rows) for rows in blocks)
+    scores = sum(2 * rows.vecmats * rows.attended**2 * dim for rows in blocks)
+    reduction = sum(2 * rows.reduced * dim for rows in blocks)
+    forward = patches + products + lines + scores + reduction + head
     if not training:
         return forward
-    total = forward + patches + 2 * (linear + attention + head)
+    total = forward + patches + 2 * (products + head) + reduction
     if recomputation:
-        total += attention // 2
-        total += (linear + attention + selection) * config.gradient_checkpointing
+        total += sum(_attention(config, rows) // 2 for rows in blocks)
+        again = sum(_block_products(config, rows) + _class_lines(config, rows) for rows in blocks if rows.recomputed)
+        total += again * config.gradient_checkpointing
     return total
+
+
+def _block_products(config: FFVTConfig, rows: BlockRows) -> int:
+    dim, hidden = config.embed_dim, config.mlp_dim
+    qkv = 2 * rows.attended * dim * 3 * dim
+    return qkv + 2 * rows.computed * dim * (dim + 2 * hidden) + _attention(config, rows)  # projection, MLP
+
+
+def _attention(config: FFVTConfig, rows: BlockRows) -> int:
+    return 4 * rows.computed * rows.attended * config.embed_dim  # logits, and probabilities times v
+
+
+def _class_lines(config: FFVTConfig, rows: BlockRows) -> int:
+    """The lines of logits that a pruned block picks by: the class token's row and, but for TransFG, its column."""
+    lines = 1 if config.kind == "transfg" else 2
+    return lines * 2 * rows.attended * config.embed_dim if rows.selects and rows.pruned else 0
 
 
 @torch.no_grad()

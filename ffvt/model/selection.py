@@ -13,15 +13,20 @@ from ffvt.model.reduction import TokenReduction
 
 
 class Selection(NamedTuple):
-    """What the first L-1 blocks picked.
+    """What the first L-1 blocks picked; of a `TransFG`, what its H heads did.
 
     Attributes:
-        index: (B, L-1, K) int64, the picks of every block, best first.
-        score: (B, L-1, N) fp32, the score of every token in every block.
+        index: (B, L-1, K) int64, the picks of every block, best first; (B, H), the pick of every head.
+        score: (B, L-1, N) fp32, the score of every token in every block; (B, H, N), in every head.
     """
 
     index: Tensor
     score: Tensor
+
+    @property
+    def lines(self) -> Tensor:
+        """index with one line per line of score: (B, L-1, K), or (B, H, 1)."""
+        return self.index if self.index.ndim == 3 else self.index.unsqueeze(2)
 
     @classmethod
     def stack(cls, blocks: list[tuple[Tensor, Tensor]]) -> Selection:
@@ -81,7 +86,7 @@ class SelectingModel(nn.Module):
 
     Attributes:
         head: features (B, C) -> logits.
-        num_selecting: blocks that pick tokens.
+        num_selecting: blocks that pick tokens, or heads: the lines of a selection's score.
         first_candidate: tokens [0, first_candidate) are never picked.
         num_prefix_tokens: P, tokens before the patches, the class token first.
     """

@@ -1,4 +1,4 @@
-"""Names of other layouts in ours: Google's .npz, the authors' state dict, timm's and our own."""
+"""Names of other layouts in ours: Google's .npz, the authors' state dicts (FFVT's, TransFG's), timm's and our own."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool)
             translation.ignored[key] = "not part of this model"
         else:
             found.append(piece)
-    fused = any(key.startswith(("last_block.", "transformer.encoder.ff_")) for key in entries)
+    fused = any(key.startswith(_FUSION) for key in entries)
     check_sizes(found, config, fused)
-    final = "last_block" if config.feature_fusion else f"blocks.{config.depth - 1}"
+    final = f"blocks.{config.depth - 1}" if config.kind == "vit" else "last_block"
+    leaves_norm = config.kind == "ffvt"  # its authors leave it, TransFG's take it
     for piece in found:
         is_final = piece.block == config.depth - 1 or piece.target.startswith("last_block.")
         if is_final:
@@ -51,8 +52,8 @@ def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool)
             piece = replace(piece, target=f"{final}.{rest}")
         if fused and piece.source.startswith("transformer.encoder.encoder_norm."):
             translation.ignored[piece.source] = "the source has a final norm of its fusion"
-        elif (is_final or piece.target.startswith("norm.")) and not (use_last or fused):
-            translation.ignored[piece.source] = "last_block='random' leaves the fusion block and the final norm"
+        elif (is_final or leaves_norm and piece.target.startswith("norm.")) and not (use_last or fused):
+            translation.ignored[piece.source] = f"last_block='random' leaves {_LEFT[config.kind]}"
         else:
             translation.pieces.append(piece)
     return translation
@@ -63,6 +64,10 @@ def is_part_of_model(key: str, entries: Mapping[str, Tensor], config: FFVTConfig
     _, layout = _recognise({**entries, key: torch.empty(0)})
     return layout(key, torch.empty(1, 1, 1, 1), config) is not None
 
+
+# Where the last block of a source begins that is no plain ViT: ours, the FFVT authors', TransFG's.
+_FUSION = ("last_block.", "transformer.encoder.ff_", "transformer.encoder.part_")
+_LEFT = {"ffvt": "the fusion block and the final norm", "transfg": "the part layer"}
 
 # Parts of a source that change what its blocks see or compute, and what to say of those without a place in ours.
 _NEEDED = {
@@ -88,8 +93,9 @@ def _recognise(entries: Mapping[str, Tensor]) -> tuple[str, Callable[[str, Tenso
     keys = list(entries)
     if any(key.startswith(("Transformer/", "embedding/", "conv_root/", "head/")) or key == "cls" for key in keys):
         return "Google .npz", _from_google
-    if any(key.startswith("transformer.") for key in keys):
-        return "authors' state dict", _from_authors
+    if any(key.startswith(("transformer.", "part_head.")) for key in keys):
+        of_transfg = any(key.startswith(("transformer.encoder.part_", "part_head.")) for key in keys)
+        return ("TransFG's state dict" if of_transfg else "authors' state dict"), _from_authors
     if any(_OURS.fullmatch(key) or key.startswith("blocks.") for key in keys):
         return ("ffvt" if any(key.startswith("last_block.") for key in keys) else "timm's names"), _from_timm
     if any(map(is_hugging_face, keys)):
@@ -117,7 +123,9 @@ _AUTHORS_TOP = {
     "transformer.embeddings.patch_embeddings.": "patch_embed.proj.",
     "transformer.encoder.encoder_norm.": "norm.",
     "transformer.encoder.ff_encoder_norm.": "norm.",
+    "transformer.encoder.part_norm.": "norm.",
     "head.": "head.",
+    "part_head.": "head.",
 }
 _AUTHORS_BLOCK = {
     "attention_norm": "norm1",
@@ -141,7 +149,9 @@ def _from_authors(key: str, value: Tensor, config: FFVTConfig) -> Piece | None:
             return Piece(key, ours + key.removeprefix(prefix), value)
     if "hybrid_model." in key:
         return Piece(key, "patch_embed.backbone." + _authors_resnet(key.partition("hybrid_model.")[2]), value)
-    found = re.fullmatch(r"transformer\.encoder\.(?:layer\.(\d{1,4})|ff_last_layer)\.(.+)\.(weight|bias)", key)
+    found = re.fullmatch(
+        r"transformer\.encoder\.(?:layer\.(\d{1,4})|ff_last_layer|part_layer)\.(.+)\.(weight|bias)", key
+    )
     if not found:
         return None
     number, part, kind = found.groups()

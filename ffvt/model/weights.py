@@ -65,15 +65,17 @@ class LoadReport:
 def load_own_weights(
     model: nn.Module, source: str | Path | Mapping[str, Any], last_block: str = "random"
 ) -> LoadReport:
-    """`ffvt.load_weights` into an `FFVT` or a `ViT`.
+    """`ffvt.load_weights` into an `FFVT`, a `TransFG` or a `ViT`.
 
     Args:
         model: an `ffvt.create_model` model.
-        source: in one of these layouts: Google's ViT .npz; the authors' state dict (.bin, .pt, .npz, .safetensors);
-            ours; timm's; Hugging Face's ViT, DeiT, DINOv2, MSN and MAE. Our layer norms add 1e-6, as Google's and
-            timm's do, also where a Hugging Face configuration says 1e-12. A position grid of another size is
-            interpolated as the authors do (bilinear, corners aligned).
-        last_block: as for `ffvt.load_weights`, which tells the rest, the errors too.
+        source: in one of these layouts: Google's ViT .npz; the authors' state dict, FFVT's or TransFG's (.bin, .pt,
+            .npz, .safetensors); ours; timm's; Hugging Face's ViT, DeiT, DINOv2, MSN and MAE. Our layer norms add 1e-6,
+            as Google's and timm's do, also where a Hugging Face configuration says 1e-12. A position grid of another
+            size, such as that of overlapping patches, is interpolated as the authors do (bilinear, corners aligned).
+        last_block: as for `ffvt.load_weights`, which tells the rest, the errors too. FFVT's fusion block and TransFG's
+            part layer are the same part: each fills the other. A TransFG takes the source's final norm with "random"
+            too, as its authors do.
     """
     if last_block not in LAST_BLOCKS:
         raise ValueError(
@@ -83,7 +85,7 @@ def load_own_weights(
         raise TypeError(
             f"load_weights: model must be one of ffvt.create_model, or a fused one of timm; got {type(model).__name__}"
         )
-    use_last = last_block == "pretrained" or not model.config.feature_fusion
+    use_last = last_block == "pretrained" or model.config.kind == "vit"
     if isinstance(source, Mapping):
         report, placements = _plan(state_dict(source), model, use_last)
     else:
