@@ -180,7 +180,7 @@ class StepSampler(Sampler):
     def _key(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(self.num_samples, self.seed, epoch, -1)
+            self._epoch, self._order = epoch, permutation(self.num_samples, self.seed, epoch, -1)
         return epoch, int(self._order[offset])
 
 
@@ -216,16 +216,17 @@ class BalancedSampler(StepSampler):
     def _key(self, position: int) -> tuple[int, int]:
         turn, place = divmod(position, len(self.members))
         if turn != self._round:
-            self._round, self._classes = turn, _permutation(len(self.members), self.seed, turn, -3)
+            self._round, self._classes = turn, permutation(len(self.members), self.seed, turn, -3)
         label = int(self._classes[place])
         members = self.members[label]
         epoch, offset = divmod(turn, len(members))
         if epoch != self._orders[label][0]:
-            self._orders[label] = epoch, _permutation(len(members), self.seed, epoch, label, -3)
+            self._orders[label] = epoch, permutation(len(members), self.seed, epoch, label, -3)
         return epoch, members[self._orders[label][1][offset]]
 
 
-def _permutation(count: int, *decided_by: int) -> Tensor:
+def permutation(count: int, *decided_by: int) -> Tensor:
+    """The numbers below `count` in an order that the other numbers decide, (count,) int64."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(*decided_by)))
 
 

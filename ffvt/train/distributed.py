@@ -73,6 +73,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def tensors(self, own: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one shape and dtype, on every rank; without gradient."""
+        if self.size == 1:
+            return [own]
+        found = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(found, own.contiguous())
+        return found
+
     def on_main(self, function: Callable[[], T]) -> T:
         """What `function` returns, or raises, on the main rank, on every rank."""
         outcome: list[Any] = [None, None]

@@ -131,6 +131,12 @@ class TrainOptions:
         choices=CLASS_WEIGHTS,
     )
     balanced_sampling: bool = option(False, "train on images of every class equally often", AUGMENTATION)
+    images_per_class: int = option(
+        0,
+        "put so many images of each class that a process's batch has into it, for --contrastive; 0: as they come",
+        AUGMENTATION,
+        at_least=0,
+    )
 
     model_type: str = option(
         "ViT-B_16",
@@ -167,10 +173,17 @@ class TrainOptions:
     mlp_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     patch_size: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     patch_stride: int | None = option(
-        None, "pixels from one patch to the next, at most patch_size; left out: patch_size, no overlap", MODEL, kind=int
+        None,
+        "pixels from one patch to the next, at most patch_size; left out: patch_size, no overlap",
+        MODEL,
+        kind=int,
+        at_least=1,
     )
     keep_rate: float = option(
-        1.0, "fraction of the patches that stay after each block of locations; the rest become one token", MODEL
+        1.0,
+        "fraction of the patches that stay after each block of locations; the rest become one token",
+        MODEL,
+        within="(0, 1]",
     )
     locations: tuple[int, ...] = option(
         (3, 6, 9), "these blocks, from 0; not read with keep_rate 1", MODEL, kind=int, count="+"
@@ -186,6 +199,9 @@ class TrainOptions:
         1.0, "norm to which gradients are clipped, 0 for none", OPTIMISER, authors=True, at_least=0
     )
     smoothing_value: float = option(0.0, "label smoothing", OPTIMISER, authors=True, within="[0, 1)")
+    contrastive: bool = option(
+        False, "add the contrastive loss of TransFG: images of a class alike, of others apart (margin 0.4)", OPTIMISER
+    )
     ema_decay: float = option(
         0.0, "evaluate a moving average of the weights with this decay, 0 for none", OPTIMISER, within="[0, 1)"
     )
@@ -275,6 +291,7 @@ class TrainOptions:
         self._require(not held_out, "eval_split", "another than val, which with val_split is what that holds out")
         divides = self.train_batch_size % parts == 0
         self._require(divides, "train_batch_size", f"a multiple of gradient_accumulation_steps={parts}")
+        self._check_model()
         self._require(not (self.resume and self.overwrite), "overwrite", f"left out with resume={self.resume!r}")
         if self.fsdp:
             self._require(self.autocast_precision != "fp16", "precision", "bf16 or fp32 with fsdp=True")
@@ -289,12 +306,24 @@ class TrainOptions:
             least = 2 * self.gradient_accumulation_steps
             must = f"at least 2 * gradient_accumulation_steps={least} with mixup or cutmix"
             self._require(self.train_batch_size >= least, "train_batch_size", must)
+            self._require(not self.contrastive, "contrastive", "False with mixup or cutmix, which mix the classes")
         if self.augment in ("none", "flip"):
             self._require(self.resized_crop == 0, "resized_crop", f"0 with augment={self.augment!r}")
         given = "std" if self.mean else "mean"
         self._require(bool(self.mean) == bool(self.std), given, f"given with {'mean' if self.mean else 'std'}")
         if self.balanced_sampling:
             self._require(self.class_weights == "none", "class_weights", "none with balanced_sampling=True")
+            self._require(self.images_per_class == 0, "images_per_class", "0 with balanced_sampling=True")
+        if self.images_per_class:
+            groups = self.images_per_class * self.gradient_accumulation_steps
+            must = f"a multiple of images_per_class * gradient_accumulation_steps={groups}"
+            self._require(self.train_batch_size % groups == 0, "train_batch_size", must)
+
+    def _check_model(self) -> None:
+        selects = self.feature_fusion and self.head == "ffvt"
+        must = "maws without feature_fusion, and with head=transfg: nothing reads another"
+        self._require(self.criterion == "maws" or selects, "criterion", must)
+        self._require(self.keep_rate == 1 or self.head == "ffvt", "keep_rate", "1 with head=transfg")
 
     def _check_limits(self, declared: Field) -> None:
         name, value, facts = declared.name, getattr(self, declared.name), declared.metadata
