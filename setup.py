@@ -15,7 +15,15 @@ from pathlib import Path
 
 from setuptools import setup
 
-KERNELS = ("maws_attention", "maws_attention_backward", "maws_select", "gather_tokens", "augment", "register")
+KERNELS = (
+    "maws_attention",
+    "maws_attention_backward",
+    "maws_select",
+    "attention_vecmat",
+    "gather_tokens",
+    "augment",
+    "register",
+)
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 CAPABILITIES = {  # name: (what at::vec calls it, the compiler's flags)
     "avx512_bf16": ("AVX512", [*AVX512, "-mavx512bf16"]),

@@ -68,12 +68,15 @@ class Workload:
     device: str
 
     def __call__(self) -> Callable[[], None]:
-        model = build_rival(self.rival, self.config).to(self.device).train(self.mode == "step")
+        model = self.build().to(self.device).train(self.mode == "step")
         images, labels = random_batch(self.config, self.batch_size, self.device)
         if self.mode == "forward":
             return partial(self.infer, model, images)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
         return partial(self.step, model, images, labels, optimizer)
+
+    def build(self) -> nn.Module:
+        return build_rival(self.rival, self.config)
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         with backend_of(self.rival), autocast(torch.device(self.device), self.dtype):

@@ -41,11 +41,11 @@ def _loaded(model: ffvt.ViT, source: nn.Module) -> ffvt.ViT:
 
 
 def build_timm_vit(config: ffvt.FFVTConfig) -> nn.Module:
-    """timm's plain ViT of the same size, with SDPA, and with dropout where ours has it."""
+    """timm's plain ViT of the same size, with SDPA, and with dropout and overlapping patches where ours has them."""
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
-        img_size=config.image_size,
+        img_size=config.grid_size * config.patch_size,
         patch_size=config.patch_size,
         num_classes=config.num_classes,
         global_pool="token",
@@ -61,6 +61,9 @@ def build_timm_vit(config: ffvt.FFVTConfig) -> nn.Module:
         if not block.attn.fused_attn:
             raise AssertionError("model_rivals: timm's ViT must use SDPA; it is switched off (TIMM_FUSED_ATTN)")
         block.attn.proj_drop = nn.Identity()  # ours has none after the attention
+    if config.patch_stride:
+        model.patch_embed.proj.stride = (config.patch_stride, config.patch_stride)
+        model.patch_embed.strict_img_size = False
     return model
 
 

@@ -42,14 +42,18 @@ inline void check_statistic(const char* name, const at::Tensor& t, const at::Ten
   TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU; got ", t.device());
 }
 
+inline void check_scale(double scale) {
+  TORCH_CHECK_VALUE(static_cast<float>(scale) > 0 && std::isfinite(static_cast<float>(scale) * kLog2E),
+                    "scale must be finite and positive in fp32; got scale=", scale);
+}
+
 inline void check_selection(const at::Tensor& q, int64_t num_select, double scale, int64_t first_candidate) {
   TORCH_CHECK_VALUE(first_candidate >= 0 && first_candidate < q.size(1), "first_candidate must be in [0, N=", q.size(1),
                     "); got first_candidate=", first_candidate);
   TORCH_CHECK_VALUE(num_select >= 1 && num_select <= q.size(1) - first_candidate,
                     "num_select must be in [1, N - first_candidate = ", q.size(1) - first_candidate,
                     "]; got num_select=", num_select);
-  TORCH_CHECK_VALUE(static_cast<float>(scale) > 0 && std::isfinite(static_cast<float>(scale) * kLog2E),
-                    "scale must be finite and positive in fp32; got scale=", scale);
+  check_scale(scale);
 }
 
 template <typename scalar_t>

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace ffvt {
@@ -23,8 +24,30 @@ void maws_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, co
                              const at::Tensor& out, const at::Tensor& lse, const at::Tensor& row_max, double scale,
                              const std::tuple<at::Tensor, at::Tensor, at::Tensor>& grads);
 
+// q, k, v as above -> out, row and column (B, H, N) fp32, the probabilities of the class token's row and column of
+// logits, each of which sums to one, lse and row_max.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_stats_forward(const at::Tensor& q,
+                                                                                               const at::Tensor& k,
+                                                                                               const at::Tensor& v,
+                                                                                               double scale);
+
+// The same kernel without the two lines, to measure what they cost -> out, lse, row_max.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const at::Tensor& k,
+                                                                 const at::Tensor& v, double scale);
+
+// weights (B, H, N) fp32, q, k as above, lse (B, H, N) fp32, the logarithm of the sum of exp(scale q kT), or none: then
+// it is computed -> (B, H, N) fp32, for every key the sum over the queries of weight times probability.
+at::Tensor attention_vecmat_forward(const at::Tensor& weights, const at::Tensor& q, const at::Tensor& k,
+                                    const std::optional<at::Tensor>& lse, double scale);
+
+// The products q kT of attention_vecmat_forward, each tile dropped when it is made, to measure what is around them.
+void attention_products(const at::Tensor& q, const at::Tensor& k);
+
 std::tuple<at::Tensor, at::Tensor> maws_select_forward(const at::Tensor& q, const at::Tensor& k, int64_t num_select,
                                                        double scale, int64_t first_candidate);
+
+// The class token's lines of logits, row and column (B, H, N) fp32, become their softmaxes, in place.
+void softmax_lines(const at::Tensor& row, const at::Tensor& column);
 
 // The picks of the class token's lines of logits, row and column (B, H, N) fp32, which are overwritten.
 std::tuple<at::Tensor, at::Tensor> select_from_lines(const at::Tensor& row, const at::Tensor& column,

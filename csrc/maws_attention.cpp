@@ -1,6 +1,6 @@
-// Attention with the class token's row and column of logits, and the selection that they make.
+// Attention with the class token's row and column of logits, and what is made of them: a selection, or statistics.
 //
-// What: out = softmax(scale q kT) v, lse, index, score for every image.
+// What: out = softmax(scale q kT) v and lse, with index and score for every image, or with both lines' probabilities.
 // How: FlashAttention's forward, on transposed tiles: logits of a block of keys (down) by 64 queries (across), so that
 //   maximum, sum and rescaling go lane by lane without a reduction, the keys stay rows, and each tile and block costs
 //   two large products. Row and column are what a tile holds of key 0 and query 0.
@@ -26,7 +26,7 @@ struct Sizes {
   float scale;
 };
 
-// Where a head's results go.
+// Where a head's results go. row and column may be null.
 template <typename scalar_t>
 struct Results {
   Rows<scalar_t> out;
@@ -78,12 +78,12 @@ class Forward {
     for (int64_t key = 0; key < n_; key += kBlock) {
       const int64_t block = std::min(kBlock, n_ - key);
       matmul<operand_t>(block, lanes, depth_, keys_ + key * depth_, depth_, queries_, kPanel, logits_, kTile, false);
-      if (first == 0) {
+      if (first == 0 && results.row) {
         for (int64_t i = 0; i < block; ++i) {
           results.row[key + i] = scale_ * logits_[i * kTile];
         }
       }
-      if (key == 0) {
+      if (key == 0 && results.column) {
         for (int64_t i = 0; i < rows; ++i) {
           results.column[first + i] = scale_ * logits_[i];
         }
@@ -193,23 +193,30 @@ class Forward {
   Buffer<float> scratch_, logits_, sums_, transposed_;
 };
 
-}  // namespace
+// row and column are logits, undefined where they are not wanted.
+struct Attention {
+  at::Tensor out, lse, row_max, row, column;
+};
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_select, double scale,
-    int64_t first_candidate) {
+Attention attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale, bool with_lines) {
   check_heads("q", q, q);
   check_heads("k", k, q);
   check_heads("v", v, q);
-  check_selection(q, num_select, scale, first_candidate);
+  check_scale(scale);
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
   const auto statistic = [&] { return at::empty({batch, heads, tokens}, q.options().dtype(at::kFloat)); };
-  at::Tensor out = at::empty({batch, tokens, heads, head_dim}, q.options());
-  at::Tensor lse = statistic(), row_max = statistic(), row = statistic(), column = statistic();
+  Attention made{at::empty({batch, tokens, heads, head_dim}, q.options()), statistic(), statistic(), {}, {}};
+  if (with_lines) {
+    made.row = statistic();
+    made.column = statistic();
+  }
   with_types(q.scalar_type(), [&]<typename scalar_t, typename operand_t>() {
     const auto queries = heads_of<const scalar_t>(q), keys = heads_of<const scalar_t>(k),
                values = heads_of<const scalar_t>(v);
-    const auto outs = heads_of<scalar_t>(out);
+    const auto outs = heads_of<scalar_t>(made.out);
+    const auto line_of = [&](const at::Tensor& t, int64_t head) {
+      return t.defined() ? t.mutable_data_ptr<float>() + head * tokens : nullptr;
+    };
     const int64_t tiles = (tokens + kTile - 1) / kTile;
     at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
       const MatmulScope<operand_t> scope;
@@ -220,14 +227,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_atte
           forward.pack_head(keys.head(head), values.head(head));
           packed = head;
         }
-        const int64_t line = head * tokens;
         forward.tile(queries.head(head), task % tiles * kTile,
-                     {outs.head(head), lse.mutable_data_ptr<float>() + line, row_max.mutable_data_ptr<float>() + line,
-                      row.mutable_data_ptr<float>() + line, column.mutable_data_ptr<float>() + line});
+                     {outs.head(head), line_of(made.lse, head), line_of(made.row_max, head), line_of(made.row, head),
+                      line_of(made.column, head)});
       }
     });
   });
-  auto [index, score] = select_from_lines(row, column, num_select, first_candidate);
+  return made;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const at::Tensor& k,
+                                                                 const at::Tensor& v, double scale) {
+  const auto [out, lse, row_max, row, column] = attend(q, k, v, scale, /*with_lines=*/false);
+  return {out, lse, row_max};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_stats_forward(const at::Tensor& q,
+                                                                                               const at::Tensor& k,
+                                                                                               const at::Tensor& v,
+                                                                                               double scale) {
+  const auto [out, lse, row_max, row, column] = attend(q, k, v, scale, /*with_lines=*/true);
+  softmax_lines(row, column);
+  return {out, row, column, lse, row_max};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_select, double scale,
+    int64_t first_candidate) {
+  check_heads("q", q, q);
+  check_selection(q, num_select, scale, first_candidate);
+  const auto [out, lse, row_max, row, column] = attend(q, k, v, scale, /*with_lines=*/true);
+  const auto [index, score] = select_from_lines(row, column, num_select, first_candidate);
   return {out, index, score, lse, row_max};
 }
 

@@ -54,15 +54,21 @@ int64_t sort_key(float score, int64_t index) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> select_from_lines(const at::Tensor& row, const at::Tensor& column,
-                                                     int64_t num_select, int64_t first_candidate) {
-  const int64_t batch = row.size(0), heads = row.size(1), tokens = row.size(2);
+void softmax_lines(const at::Tensor& row, const at::Tensor& column) {
+  const int64_t heads = row.size(0) * row.size(1), tokens = row.size(2);
   float *rows = row.mutable_data_ptr<float>(), *columns = column.mutable_data_ptr<float>();
-  at::parallel_for(0, 2 * batch * heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, 2 * heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       softmax((task % 2 == 0 ? rows : columns) + task / 2 * tokens, tokens);
     }
   });
+}
+
+std::tuple<at::Tensor, at::Tensor> select_from_lines(const at::Tensor& row, const at::Tensor& column,
+                                                     int64_t num_select, int64_t first_candidate) {
+  softmax_lines(row, column);
+  const int64_t batch = row.size(0), heads = row.size(1), tokens = row.size(2);
+  const float *rows = row.const_data_ptr<float>(), *columns = column.const_data_ptr<float>();
   at::Tensor index = at::empty({batch, num_select}, row.options().dtype(at::kLong));
   at::Tensor score = at::empty({batch, tokens}, row.options());
   auto* picks = index.mutable_data_ptr<int64_t>();

@@ -47,6 +47,15 @@ inline Vec exp2_of_negative(Vec y) {
 #endif
 }
 
+// 2^y for any y but +inf; infinite where it overflows.
+template <int degree>
+inline Vec exp2_of(Vec y) {
+#if !defined(CPU_CAPABILITY_AVX512)
+  y = at::vec::clamp_max(y, Vec(128.0f));
+#endif
+  return exp2_of_negative<degree>(y);
+}
+
 #if defined(__AVX512BF16__)
 inline void store_bf16(Vec v, void* to) {
   _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(v));

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ffvt import _C
-from ffvt.kernels.backend_torch import attention_stats_forward, attention_vecmat_forward  # noqa: F401
 
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2")  # each includes those behind it
 VARIABLE = "FFVT_CPU_CAPABILITY"
@@ -56,6 +55,8 @@ def _load() -> ModuleType:
 KERNELS = _load()
 maws_attention_forward = KERNELS.maws_attention_forward
 maws_attention_backward = KERNELS.maws_attention_backward
+attention_stats_forward = KERNELS.attention_stats_forward
+attention_vecmat_forward = KERNELS.attention_vecmat_forward
 maws_select_forward = KERNELS.maws_select_forward
 gather_tokens_forward = KERNELS.gather_tokens_forward
 gather_tokens_backward = KERNELS.gather_tokens_backward

@@ -67,7 +67,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], last_
             shape fits, else it stays. Values are cast to the parameters' dtype.
         last_block: "random" leaves the fusion block and the final norm as they are, as the authors do, unless the
             source has a fusion block of its own; "pretrained" takes both from the source's last block and norm.
-            A model without feature fusion always takes them.
+            A model without feature fusion always takes them; a TransFG always takes the norm, as its authors do, and
+            its part layer counts as the fusion block.
 
     Returns:
         LoadReport: loaded, resized, left, ignored, cast.

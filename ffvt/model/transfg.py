@@ -1,7 +1,7 @@
 """TransFG: each head's most attended patch, through all layers, goes into one last layer beside the class token.
 
-What: the authors multiply the maps of the first L-1 layers, head by head, and read row 0 of the product. Here that row is
-    carried through the layers instead, last layer first, a vector times a map at a time: the same row, and no map.
+What: the authors multiply the maps of the first L-1 layers, head by head, and read row 0 of the product. Here that row
+    is carried through the layers, last layer first, a vector times a map at a time: the same row, and no map.
 Memory: of each layer q, k and lse until the parts are picked. Where a backward keeps them anyway they are views of it;
     elsewhere copies, which let go of v.
 """

@@ -52,7 +52,7 @@ def translate(entries: Mapping[str, Tensor], config: FFVTConfig, use_last: bool)
             piece = replace(piece, target=f"{final}.{rest}")
         if fused and piece.source.startswith("transformer.encoder.encoder_norm."):
             translation.ignored[piece.source] = "the source has a final norm of its fusion"
-        elif (is_final or leaves_norm and piece.target.startswith("norm.")) and not (use_last or fused):
+        elif (is_final or (leaves_norm and piece.target.startswith("norm."))) and not (use_last or fused):
             translation.ignored[piece.source] = f"last_block='random' leaves {_LEFT[config.kind]}"
         else:
             translation.pieces.append(piece)

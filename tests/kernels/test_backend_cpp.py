@@ -49,7 +49,7 @@ def test_the_best_capability_of_this_cpu_is_loaded():
 def test_the_backend_s_functions_are_the_extension_s_own():
     from ffvt.kernels import backend_cpp
 
-    for operator in ("maws_attention", "maws_select", "gather_tokens"):
+    for operator in ("maws_attention", "attention_stats", "attention_vecmat", "maws_select", "gather_tokens"):
         function = f"{operator}_forward"
         assert getattr(backend_cpp, function) is getattr(backend_cpp.KERNELS, function)
 
@@ -66,7 +66,8 @@ def test_the_operators_tests_pass_with_each_capability_forced(capability):
     shown = "import ffvt; print(ffvt.info()['extension']['capability'], ffvt.info()['devices']['cpu']['serves'])"
     assert run_python(shown, forced(capability)) == f"{capability} cpp"
     files = [
-        f"tests/kernels/test_{name}.py" for name in ("maws_attention", "gather_tokens", "registration", "backend_cpp")
+        f"tests/kernels/test_{name}.py"
+        for name in ("maws_attention", "attention_stats_cpp", "gather_tokens", "registration", "backend_cpp")
     ] + ["tests/data/test_transforms.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cpp and not slow", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=forced(capability), capture_output=True, text=True, cwd=ROOT)
