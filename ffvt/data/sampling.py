@@ -104,6 +104,7 @@ class EvaluationView(Dataset):
     """A split under the deterministic transforms.
 
     grid_size: patches along a side; where given and the set has boxes, samples tell which tokens are on the object.
+    overlap: side of a patch and pixels from one to the next, where patches overlap.
     skip_bad: pass over pictures that cannot be read (label `SKIPPED`) instead of raising ValueError.
     """
 
@@ -114,9 +115,10 @@ class EvaluationView(Dataset):
         recipe: Recipe = PLAIN,
         grid_size: int = 0,
         skip_bad: bool = False,
+        overlap: tuple[int, int] | None = None,
     ) -> None:
         self.images, self.image_size, self.recipe = images, image_size, recipe
-        self.grid_size, self.skip_bad = grid_size, skip_bad
+        self.grid_size, self.skip_bad, self.overlap = grid_size, skip_bad, overlap
         self.reported: set[str] = set()  # problems that were told
 
     def __len__(self) -> int:
@@ -142,7 +144,9 @@ class EvaluationView(Dataset):
             return torch.zeros(1 + self.grid_size**2, dtype=torch.bool)
         start = (side - self.image_size) // 2
         left, top, right, bottom = (edge * side - start for edge in box)
-        patches = patches_in_box((left, top, right, bottom), self.image_size / self.grid_size, self.grid_size)
+        whole = self.image_size / self.grid_size
+        size, stride = self.overlap or (whole, whole)
+        patches = patches_in_box((left, top, right, bottom), size, self.grid_size, stride)
         return torch.nn.functional.pad(patches, (1, 0))  # the class token is no patch
 
 

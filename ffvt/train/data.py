@@ -133,14 +133,17 @@ def open_data(options: TrainOptions) -> Data:
     Raises:
         ValueError: the data set, its files or the sizes do not fit.
     """
-    config_of(options.model_type, **options.model_fields(1))  # refuses what no model has, before files are opened
+    config = config_of(
+        options.model_type, **options.model_fields(1)
+    )  # refuses what no model has, before files are opened
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     splits = {"train": training, options.eval_split: evaluated}
     recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type, options.pretrained_dir))
-    grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
+    grid_size = config.grid_size
+    overlap = (config.patch_size, config.patch_stride) if options.patch_stride else None
 
     def evaluation(images: ImageSet) -> EvaluationView:
-        return EvaluationView(images, options.img_size, recipe, grid_size, skip_bad=True)
+        return EvaluationView(images, options.img_size, recipe, grid_size, skip_bad=True, overlap=overlap)
 
     validation = test = evaluation(evaluated)
     validation_split = options.eval_split

@@ -42,7 +42,7 @@ class World:
             for block in model.transformer_blocks:
                 fully_shard(block)
             fully_shard(model)
-            for method in ("forward_with_selection", "forward_features", "forward_features_with_selection"):
+            for method in ("forward_with_selection",):
                 if hasattr(model, method):
                     register_fsdp_forward_method(model, method)
             return model
