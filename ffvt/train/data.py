@@ -133,9 +133,7 @@ def open_data(options: TrainOptions) -> Data:
     Raises:
         ValueError: the data set, its files or the sizes do not fit.
     """
-    config = config_of(
-        options.model_type, **options.model_fields(1)
-    )  # refuses what no model has, before files are opened
+    config = config_of(options.model_type, **options.model_fields(1))  # refuses what does not hold, before files
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     splits = {"train": training, options.eval_split: evaluated}
     recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type, options.pretrained_dir))
