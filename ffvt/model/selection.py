@@ -97,7 +97,7 @@ class SelectingModel(nn.Module):
     num_prefix_tokens: int
 
     def forward(self, images: Tensor, need_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        features = self.forward_features(images)
+        features, _ = self.forward_features_with_selection(images)
         return (self.head(features), features) if need_features else self.head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:
