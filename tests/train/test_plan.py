@@ -49,7 +49,7 @@ def test_images_per_second_are_the_share_of_the_matmul_rate():
     config = make_config("ViT-B_16")
     flops = flops_per_image(config, training=True, recomputation=True)
     assert plan(config, 24 * GIB, RATE, efficiency=0.5).images_per_second == pytest.approx(0.5 * RATE / flops)
-    assert plan(config, 24 * GIB, RATE).efficiency == EFFICIENCY[True]
+    assert plan(config, 24 * GIB, RATE).efficiency == EFFICIENCY["ffvt"]
     saving = plan(make_config("ViT-B_16", gradient_checkpointing=True), 24 * GIB, RATE)
     slower = saving.images_per_second / plan(config, 24 * GIB, RATE).images_per_second
     assert 0.74 < slower < 0.77  # the forward is computed again
