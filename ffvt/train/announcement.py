@@ -24,7 +24,7 @@ def announcement(state: TrainState, data: Data) -> str:
     ranks = f" on {world.size} processes" if world.size > 1 else ""
     epochs = options.num_steps * batch / len(data.train)
     return (
-        f"model: {options.model_type}, {_kind(options)}, {parameters:.1f} M parameters, images of "
+        f"model: {options.model_type}, {kind_of(options)}, {parameters:.1f} M parameters, images of "
         f"{options.img_size} pixels\n"
         f"data: {options.dataset}, {len(data.train):,} training, {validation}{len(data.test):,} {options.eval_split} "
         f"images, {len(data.classes):,} classes\n"
@@ -33,7 +33,7 @@ def announcement(state: TrainState, data: Data) -> str:
     )
 
 
-def _kind(options: TrainOptions) -> str:
+def kind_of(options: TrainOptions) -> str:
     """What is trained, with what picks and what is left out of it, and what is added to its loss."""
     if options.head == "transfg":
         kind = "TransFG, a part picked by each head"

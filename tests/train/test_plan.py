@@ -118,6 +118,19 @@ def test_the_command_prints_json(capsys):
     assert shown["plain_vit"]["efficiency"] == 0.5
 
 
+def test_the_command_plans_transfg_beside_the_plain_model(capsys):
+    flags = ["--head", "transfg", "--patch_stride", "12", "--memory", "8GiB", "--device", "cpu"]
+    assert planned(*flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    config = make_config("vit_s16", image_size=224, head="transfg", patch_stride=12)
+    expected = plan(config, 8 * GIB, RATE)
+    assert found["transfg"]["batch_size"] == expected.batch_size
+    assert found["transfg"]["efficiency"] == EFFICIENCY["transfg"]
+    assert found["transfg"]["flops_per_image"] == expected.flops_per_image != found["plain_vit"]["flops_per_image"]
+    assert planned(*flags) == 0
+    assert f"{'':<38}{'TransFG':>10}{'plain ViT':>12}" in capsys.readouterr().out
+
+
 def test_the_command_plans_ffvt_where_the_plain_model_does_not_fit(capsys):
     ffvt, plain = (training_memory(make_config("vit_s16", feature_fusion=fusion), 1).total for fusion in (True, False))
     assert ffvt < 0.99 * plain
