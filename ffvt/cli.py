@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     _add_demo_flags(add(demo, "train a small FFVT on PartBirds from scratch and write a report"))
-    add_training_flags(add(train, "train FFVT or, without --feature_fusion, the plain ViT", logging.INFO))
+    add_training_flags(add(train, "train FFVT, TransFG or, without --feature_fusion, the plain ViT", logging.INFO))
     _add_evaluate_flags(add(evaluate, "evaluate a trained model on a data set"))
     _add_predict_flags(add(predict, "classify images: the most probable classes of each"))
     _add_visualize_flags(add(visualize, "show which patches each layer, or head, picks in images"))
