@@ -9,6 +9,7 @@ from torch import nn
 
 import ffvt
 from ffvt.kernels.reference import maws_score, select_top
+from ffvt.model.timm_record import record_attention
 from tests.model.full_maps import Watch
 from tests.model.test_timm_builds import last_block, spread
 from tests.model.timm_builds import BUILDS, SMALL, Eva, VisionTransformer
@@ -122,6 +123,14 @@ def test_the_weights_of_the_dropped_carry_no_gradient():
 def spread_head(model):
     torch.nn.init.normal_(model.head.weight)
     return model
+
+
+def test_recorded_attention_is_of_the_tokens_left():
+    model = ffvt.add_feature_fusion(VisionTransformer(**DEEP).eval(), PICKS, 5, keep_rate=KEEP, locations=PLACES)
+    with torch.no_grad(), record_attention(model) as record:
+        score = model.forward_with_selection(torch.randn(2, 3, 64, 64))[1].score
+    assert [row.shape[2] for row in record.row] == [17, 12, 12, 8, 13]
+    torch.testing.assert_close(record.score[0], score[:, 0])
 
 
 def test_images_of_another_size_are_reduced_too():
