@@ -6,9 +6,7 @@ Nothing here imports torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
@@ -16,6 +14,7 @@ from ffvt.data.layouts import DATASETS, canonical_name
 from ffvt.errors import require
 from ffvt.model.config import AUTHORS_NAMES, HEADS, LAST_BLOCKS, PRESETS
 from ffvt.precision import PRECISIONS
+from ffvt.train.limits import are_numbers, as_tuple, is_integer, keeps_limit
 
 OPTIMIZERS = ("sgd", "adamw")
 DECAYS = ("cosine", "linear")
@@ -278,7 +277,7 @@ class TrainOptions:
         canonical_name(self.dataset)
         for declared in fields(self):
             if declared.metadata["count"]:
-                object.__setattr__(self, declared.name, _as_tuple(getattr(self, declared.name)))
+                object.__setattr__(self, declared.name, as_tuple(getattr(self, declared.name)))
             self._check_limits(declared)
         self._check_augmentation()
         fits = self.name.isprintable() and len(self.name) <= LONGEST_NAME
@@ -328,14 +327,14 @@ class TrainOptions:
     def _check_limits(self, declared: Field) -> None:
         name, value, facts = declared.name, getattr(self, declared.name), declared.metadata
         if facts["count"] == "+":
-            self._require(isinstance(value, tuple) and value and all(map(_is_integer, value)), name, "integers")
+            self._require(isinstance(value, tuple) and value and all(map(is_integer, value)), name, "integers")
         elif facts["count"]:
-            self._require(_are_numbers(value, facts["count"]), name, f"{facts['count']} numbers, or empty")
+            self._require(are_numbers(value, facts["count"]), name, f"{facts['count']} numbers, or empty")
         for one in value if facts["count"] else (value,):
             if isinstance(one, float):
                 self._require(math.isfinite(one), name, "finite")
             for kind, limit in facts["limits"].items() if one is not None else ():
-                holds, must = _limit(kind, limit, one)
+                holds, must = keeps_limit(kind, limit, one)
                 self._require(holds, name, must)
 
     def _require(self, holds: bool, name: str, must: str) -> None:
@@ -366,37 +365,3 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-def _as_tuple(value: Any) -> Any:
-    """A list, as JSON and a command line give it, as the tuple that a field holds."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_numbers(value: Any, count: int) -> bool:
-    if not isinstance(value, tuple) or len(value) not in (0, count):
-        return False
-    return all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in value)
-
-
-def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
-    """Whether a value keeps a limit of `option`, and what the limit says."""
-    if kind == "choices":
-        return value in limit, f"one of {', '.join(filter(None, limit))}"
-    if kind == "model":  # timm knows its names; it is asked when the data is opened, not for --help
-        near = get_close_matches(value, limit, 1)
-        hint = f" (near: {near[0]})" if near else ""
-        is_timm = re.fullmatch(r"timm:\S+", value) is not None
-        return value in limit or is_timm, f"one of {', '.join(limit)}, timm:NAME{hint}"
-    if kind == "at_least":
-        return value >= limit, f"at least {limit}"
-    if kind == "above":
-        return value > limit, "positive" if limit == 0 else f"above {limit}"
-    low, high = (float(end) for end in limit[1:-1].split(","))  # within
-    from_low = value >= low if limit[0] == "[" else value > low
-    to_high = value <= high if limit[-1] == "]" else value < high
-    return from_low and to_high, f"in {limit}"
