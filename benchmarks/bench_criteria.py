@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -28,7 +27,7 @@ import torch
 
 from benchmarks import criteria_screen
 from benchmarks.harness import RESULTS, append_results, stamp
-from benchmarks.tables import grouped, table
+from benchmarks.tables import render_criteria
 from ffvt import criteria
 from ffvt.train.engine import train
 from ffvt.train.flags import parse_training_flags
@@ -90,26 +89,6 @@ def run_all(setting: Any, todo: Sequence[tuple[str, int]], jobs: int) -> Iterato
             yield record
 
 
-def render(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a table for each setting; a row per criterion: the accuracies' mean and range, and the hit rate."""
-    return "\n\n".join(
-        f"**{parameters}.**\n\n{_table(found)}"
-        for parameters, found in grouped(records, lambda record: record["parameters"]).items()
-    )
-
-
-def _table(records: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for name, found in grouped(records, lambda record: record["criterion"]).items():
-        accuracies = [record["accuracy"] for record in found]
-        hits = [record["hit_rate"] for record in found if record.get("hit_rate") is not None]
-        mean, low, high = statistics.mean(accuracies), min(accuracies), max(accuracies)
-        shown = f"{statistics.mean(hits):.3f}" if hits else "-"
-        rows.append((mean, [name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}", shown, str(len(found))]))
-    header = ["criterion", "accuracy", "range", "hit rate", "seeds"]
-    return table(header, "lrrrr", [cells for _, cells in sorted(rows, key=lambda row: row[0], reverse=True)])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes the runs that are missing, appends their records and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting, seeds = make(names, arguments.steps), arguments.seeds or range(3)
     for record in run_all(setting, missing(read_records(arguments.out), names, seeds, setting), arguments.jobs):
         append_results(arguments.out, [record])
-    print(render(read_records(arguments.out)))
+    print(render_criteria(read_records(arguments.out)))
 
 
 if __name__ == "__main__":

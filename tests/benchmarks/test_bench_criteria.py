@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 import ffvt
 from benchmarks import bench_criteria, criteria_screen
-from benchmarks.bench_criteria import PLAIN, missing, render
+from benchmarks.bench_criteria import PLAIN, missing
 from benchmarks.criteria_screen import prepare
+from benchmarks.tables import render_criteria
 from ffvt.data.datasets import open_split
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import normalize
@@ -17,7 +18,9 @@ from tests.data.layout_fixtures import picture
 
 
 def record(name, seed, accuracy=0.5, hit_rate=None, parameters="tiny"):
-    return {"parameters": parameters, "criterion": name, "seed": seed, "accuracy": accuracy, "hit_rate": hit_rate}
+    where = {"device_name": "a CPU", "torch": "2", "commit": "abc"}
+    scores = {"accuracy": accuracy, "hit_rate": hit_rate}
+    return {"environment": where, "parameters": parameters, "criterion": name, "seed": seed, **scores}
 
 
 def test_what_is_recorded_is_not_run_again():
@@ -26,10 +29,11 @@ def test_what_is_recorded_is_not_run_again():
 
 
 def test_the_table_has_a_row_per_criterion_the_best_first():
-    lines = render([record("maws", 0, 0.5, 0.2), record("maws", 1, 0.7, 0.4), record(PLAIN, 0, 0.8)]).splitlines()
-    assert lines[0] == "**tiny.**"
-    assert lines[4] == "| plain ViT | 0.800 | 0.800 to 0.800 | - | 1 |"
-    assert lines[5] == "| maws | 0.600 | 0.500 to 0.700 | 0.300 | 2 |"
+    runs = [record("maws", 0, 0.5, 0.2), record("maws", 1, 0.7, 0.4), record(PLAIN, 0, 0.8)]
+    lines = render_criteria(runs).splitlines()
+    assert lines[0] == "**tiny.** a CPU, torch 2, commit abc."
+    assert lines[4] == "| plain ViT | 0.800 | - | 0.800 to 0.800 | - | 1 |"
+    assert lines[5] == "| maws | 0.600 | 0.141 | 0.500 to 0.700 | 0.300 | 2 |"
 
 
 def test_a_run_appends_its_record_and_is_not_made_twice(tmp_path, capsys, monkeypatch):
