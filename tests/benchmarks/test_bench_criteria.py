@@ -38,7 +38,8 @@ def test_the_table_has_a_row_per_criterion_the_best_first():
 
 def test_a_run_appends_its_record_and_is_not_made_twice(tmp_path, capsys, monkeypatch):
     out = tmp_path / "criteria.jsonl"
-    monkeypatch.setattr(bench_criteria.BirdsSetting, "run", lambda *_: {"accuracy": 0.25, "hit_rate": None, "seconds": 1.0})
+    scores = {"accuracy": 0.25, "hit_rate": None, "seconds": 1.0}
+    monkeypatch.setattr(bench_criteria.BirdsSetting, "run", lambda *_: scores)
     monkeypatch.setattr(bench_criteria, "ProcessPoolExecutor", InThisProcess)
     for _ in range(2):
         bench_criteria.main(["--steps", "3", "--seeds", "4", "--criteria", "vote", PLAIN, "--out", str(out)])
