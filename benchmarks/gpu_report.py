@@ -29,7 +29,14 @@ from typing import Any
 import torch
 
 import ffvt
-from benchmarks import accuracy, bench_maws_attention, bench_model, bench_selection, tuning_variants
+from benchmarks import (
+    accuracy,
+    bench_maws_attention,
+    bench_model,
+    bench_selection,
+    gpu_statistics,
+    tuning_variants,
+)
 from benchmarks.attention_rivals import COMPILED, EAGER, OURS, RIVALS
 from benchmarks.ceilings import copy_peak, matmul_peak
 from benchmarks.gpu_summary import of, summary
@@ -182,6 +189,15 @@ def run_selection(report: Report) -> None:
         report.collect("selection", str(problem), records)
 
 
+def run_statistics(report: Report) -> None:
+    """The lines of every head beside the attention alone, and a vector times the map against the map in PyTorch."""
+    sizes = itertools.product(("bf16", "fp32"), (577, 785, 1370), (8, 64))
+    problems = [Problem(batch, tokens, HEADS[64], 64, dtype, "cuda") for dtype, tokens, batch in sizes]
+    for problem in [TINY] if report.dry_run else problems:
+        records = gpu_statistics.measure_problem(problem, report.rounds, report.warmup)
+        report.collect("statistics", str(problem), records)
+
+
 def run_variants(report: Report) -> None:
     """Rows of tuning that do not ship against those that do."""
     sizes = ((785, 8), (785, 64), (577, 64), (1025, 64), (197, 64))
@@ -210,6 +226,7 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "ceilings": run_ceilings,
     "attention": run_attention,
     "selection": run_selection,
+    "statistics": run_statistics,
     "variants": run_variants,
     "model": run_model,
     "shapes": run_shapes,

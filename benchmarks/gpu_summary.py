@@ -21,7 +21,7 @@ def summary(records: Sequence[Record], failures: Sequence[str], left_out: Sequen
         [f"- {record['what']}: {record['rate']:.2f} {record['unit']}" for record in of(records, "ceilings")],
         ["", "How many times faster ours is, statistics and selection included; below 1 it is slower.", ""],
         [attention_table(timed(records, "attention")), ""],
-        [selection_table(timed(records, "selection")), ""],
+        [selection_table([*timed(records, "selection"), *timed(records, "statistics")]), ""],
         [variants_table(timed(records, "variants")), ""],
         [model_table(of(records, "model")), ""],
         ["Not measured:", *(f"- {line}" for line in missing), *(f"- no time for {what}" for what in left_out)],
@@ -59,16 +59,16 @@ def attention_table(records: Iterable[Record]) -> str:
 
 
 def selection_table(records: Iterable[Record]) -> str:
-    """A row per size, operator, launch and rival: microseconds."""
+    """A row per size, dtype, operator, launch and rival: microseconds."""
     rows = [
         [
             f"{record['parameters']['batch_size']}, {record['parameters']['tokens']}",
-            *(record["mode"], record["launch"], record["case"]),
+            *(record["dtype"], record["mode"], record["launch"], record["case"]),
             f"{record['time_ms']['median'] * 1e3:.1f}",
         ]
         for record in records
     ]
-    return table(["B, N", "what", "launch", "case", "us"], "llllr", rows)
+    return table(["B, N", "dtype", "what", "launch", "case", "us"], "lllllr", rows)
 
 
 def variants_table(records: Iterable[Record]) -> str:

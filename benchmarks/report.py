@@ -6,7 +6,8 @@
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
 benchmark NAME found, on the one page that has it. One table per device, dtype and set of parameters; in it the latest
 line of each mode and rival wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios`
-one of error ratios; lines with `tried` one of counts. Other lines are passed over.
+one of error ratios; lines with `tried` one of counts; lines with `criterion` one of criteria. Other lines are passed
+over.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def read_results(folder: Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
-            if {"time_ms", "top1", "ratios", "tried"} & record.keys():
+            if {"time_ms", "top1", "ratios", "tried", "criterion"} & record.keys():
                 records.append(record)
     if not records:
         raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")

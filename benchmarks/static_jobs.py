@@ -19,6 +19,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from ffvt.kernels import (
+    attention_stats_triton,
+    attention_vecmat_triton,
     gather_tokens_triton,
     maws_attention_backward_triton,
     maws_attention_triton,
@@ -36,9 +38,12 @@ ATTENTION = {
     "forward": maws_attention_triton.attention_forward_kernel,
     "query_gradient": maws_attention_backward_triton.query_gradient_kernel,
     "key_gradient": maws_attention_backward_triton.key_gradient_kernel,
+    "vecmat": attention_vecmat_triton.attention_vecmat_kernel,
 }
 KERNELS = {
     **ATTENTION,
+    "log_sum_exp": maws_attention_triton.attention_forward_kernel,  # without values
+    "class_lines": attention_stats_triton.class_lines_kernel,
     "class_logits": maws_select_triton.class_logits_kernel,
     "select": maws_select_triton.select_kernel,
     "gather": gather_tokens_triton.gather_kernel,
@@ -55,6 +60,7 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "do", "dq", "dk", "dv"), HEADS),
     **dict.fromkeys(("x", "grad"), ("*", ("i32", "i32", "1"))),
     **dict.fromkeys(("lse_ptr", "delta_ptr", "row_ptr", "col_ptr", "score_ptr"), "*fp32"),
+    **dict.fromkeys(("weight_ptr", "product_ptr"), "*fp32"),
     **dict.fromkeys(("scale", "scale_log2"), "fp32"),
     "out_ptr": "*",
     "index": ("*i64", ("i32", "1")),
@@ -91,10 +97,14 @@ def jobs() -> Iterator[Job]:
                     for gradient in left_out:
                         extra = {gradient: None} if gradient else {}
                         yield _job(name, arch, dtype, head_dim, {"D": head_dim, **extra}, config)
+                lse_alone = {"D": head_dim, "v": None, "out_ptr": None}
+                config = tuning.attention_config("log_sum_exp", arch, size, head_dim)
+                yield _job("log_sum_exp", arch, dtype, head_dim, lse_alone, config)
                 yield _job("class_logits", arch, dtype, head_dim, {"D": head_dim}, tuning.CLASS_LOGITS)
             yield _job("gather", arch, dtype, 0, {}, tuning.GATHER)
             yield _job("scatter", arch, dtype, 0, {}, tuning.SCATTER)
         for tokens in (*FEW_TOKENS, *tuning.SELECT):
+            yield _job("class_lines", arch, "fp32", 0, {}, tuning.lines_config(tokens))
             for num_select in (12, 64):
                 yield _job("select", arch, "fp32", 0, {}, tuning.select_config(arch, tokens, num_select))
 
@@ -116,13 +126,20 @@ def representative(selected: Iterable[Job]) -> list[Job]:
 
 def changed(selected: Iterable[Job], recorded: Sequence[dict[str, Any]]) -> list[Job]:
     """The rows that are not recorded with the source that their kernel has now."""
+    known = {_compiled(record) for record in recorded}
+    return [job for job in selected if _compiled(job.to_dict()) not in known]
 
-    def key(row: dict[str, Any]) -> str:
-        fields = ("name", "architecture", "dtype", "head_dim", "constants", "options", "source")
-        return json.dumps([row.get(field) for field in fields], sort_keys=True)
 
-    known = {key(record) for record in recorded}
-    return [job for job in selected if key(job.to_dict()) not in known]
+def of_jobs(selected: Iterable[Job], records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The record of each job with the source that its kernel has now, in the order of the jobs."""
+    found = {_compiled(record): record for record in records}
+    return [found[_compiled(job.to_dict())] for job in selected]
+
+
+def _compiled(row: dict[str, Any]) -> str:
+    """What was given to the compiler, as text."""
+    fields = ("name", "architecture", "dtype", "head_dim", "constants", "options", "source")
+    return json.dumps([row.get(field) for field in fields], sort_keys=True)
 
 
 @cache

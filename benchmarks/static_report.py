@@ -1,6 +1,7 @@
 """Compiles every row of the Triton kernels' tables ahead of time and reads the binaries: no GPU needed.
 
     python -m benchmarks.static_report            compile all, rewrite the results and DESIGN.md
+    python -m benchmarks.static_report --update   the same, compiling only the rows whose code or configuration changed
     python -m benchmarks.static_report --check    compile all; exit 1 where the file differs or a kernel spills
     python -m benchmarks.static_report --quick    check one row per kernel, dtype and GPU, and rows whose code changed
     python -m benchmarks.static_report --stale    compile nothing; exit 1 where the code of a kernel changed since
@@ -38,6 +39,7 @@ from benchmarks.static_jobs import (
     changed,
     compiler_arguments,
     jobs,
+    of_jobs,
     representative,
 )
 
@@ -178,6 +180,7 @@ def differences(found: Sequence[dict[str, Any]], recorded: Sequence[dict[str, An
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, and writes or compares; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="compile what changed; keep the other rows of the file")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference or a spill")
     parser.add_argument("--quick", action="store_true", help="the same of few rows and those whose code changed")
     parser.add_argument("--stale", action="store_true", help="compile nothing; exit 1 where code changed since")
@@ -193,13 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not check and len(wanted) < len(everything):
         parser.error("a part can be checked with --check, but the file is written whole")
     path = RESULTS / f"static-triton-{triton.__version__}.json"
-    recorded = json.loads(path.read_text()) if check and path.exists() else []
+    recorded = json.loads(path.read_text()) if (check or arguments.update) and path.exists() else []
     if arguments.stale:
         stale = changed(everything, recorded)
         print(f"static_report: {len(stale)} of {len(everything)} configurations changed since {path.name}")
         return 1 if stale else 0
     if arguments.quick:
         wanted = list(dict.fromkeys((*representative(wanted), *changed(wanted, recorded))))
+    if arguments.update:
+        wanted = changed(wanted, recorded)
     records = json.loads(json.dumps(run(wanted, arguments.jobs)))
     problems = [f"spills: {r}" for r in records if r["spilled_bytes"]]
     if check:
@@ -208,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = len(recorded) - len(everything)
         problems += [f"{path.name} holds {extra} more configurations than are shipped"] if extra > 0 else []
     else:
+        records = of_jobs(everything, (*recorded, *records))
         path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
         if triton.__version__ == SHOWN_VERSION:
             DESIGN.write_text(with_table(DESIGN.read_text(), records))

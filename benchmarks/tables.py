@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def renderer(record: Record) -> Callable[[Sequence[Record]], str]:
         return render_error_ratios
     if "tried" in record:
         return render_counts
+    if "criterion" in record:
+        return render_criteria
     if "gflops" in record:
         return render_attention
     return render if "time_ms" in record else render_accuracies
@@ -167,6 +170,28 @@ def render_accuracies(records: Iterable[Record]) -> str:
         rows.append([variant, *cells, f"{sum(top1) / len(top1):.3f}"])
     header = ["variant", *(f"seed {seed}" for seed in seeds), "mean"]
     return f"{caption}\n\n{table(header, 'l' + 'r' * (len(seeds) + 1), rows)}"
+
+
+def render_criteria(records: Iterable[Record]) -> str:
+    """Markdown: a table for each setting, best first; a row per criterion: accuracy, spread of the seeds, hit rate."""
+    tables = []
+    for parameters, found in grouped(records, lambda record: record["parameters"]).items():
+        where = found[-1]["environment"]
+        caption = f"**{parameters}.** {where['device_name']}, torch {where['torch']}, commit {where['commit']}."
+        rows = []
+        for name, runs in grouped(found, lambda record: record["criterion"]).items():
+            latest = {record["seed"]: record for record in runs}.values()
+            accuracies = [record["accuracy"] for record in latest]
+            hits = [record["hit_rate"] for record in latest if record["hit_rate"] is not None]
+            mean = statistics.mean(accuracies)
+            spread = f"{statistics.stdev(accuracies):.3f}" if len(accuracies) > 1 else "-"
+            shown = f"{statistics.mean(hits):.3f}" if hits else "-"
+            cells = [name, f"{mean:.3f}", spread, f"{min(accuracies):.3f} to {max(accuracies):.3f}", shown]
+            rows.append((mean, [*cells, str(len(accuracies))]))
+        rows = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+        header = ["criterion", "accuracy", "deviation of a seed", "range", "hit rate", "seeds"]
+        tables.append(f"{caption}\n\n{table(header, 'lrrrrr', rows)}")
+    return "\n\n".join(tables)
 
 
 def render_counts(records: Iterable[Record]) -> str:

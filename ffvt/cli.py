@@ -56,10 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     _add_demo_flags(add(demo, "train a small FFVT on PartBirds from scratch and write a report"))
-    add_training_flags(add(train, "train FFVT or, without --feature_fusion, the plain ViT", logging.INFO))
+    add_training_flags(add(train, "train FFVT, TransFG or, without --feature_fusion, the plain ViT", logging.INFO))
     _add_evaluate_flags(add(evaluate, "evaluate a trained model on a data set"))
     _add_predict_flags(add(predict, "classify images: the most probable classes of each"))
-    _add_visualize_flags(add(visualize, "show which patches each layer picks in images"))
+    _add_visualize_flags(add(visualize, "show which patches each layer, or head, picks in images"))
     _add_export_flags(add(export, "write a checkpoint as one .onnx or .pt2 file, compared with the model"))
     _add_plot_flags(add(plot, "compare training runs in one figure"))
     _add_plan_flags(add(plan, "predict the largest batch and the images per second of training"))
@@ -146,6 +146,9 @@ def _add_visualize_flags(command: argparse.ArgumentParser) -> None:
         choices=("folder", "none"),
         default="folder",
         help="folder: the true class is that of the folder whose name is a class (default)",
+    )
+    command.add_argument(
+        "--criterion", default="", metavar="NAME", help="pick by another one of ffvt.criteria (default: the model's)"
     )
     _add_inference_flags(command)
 

@@ -50,6 +50,12 @@ class Layer(NamedTuple):
     num_prefix_tokens: int = 1
     number: int = 0
 
+    def kept(self, views: bool) -> Layer:
+        """What the criteria of later layers read. views: of a projection that a backward keeps anyway; else copies,
+        which let go of v."""
+        layer = self._replace(v=None, tokens=None)
+        return layer if views else layer._replace(q=self.q.clone(), k=self.k.clone())
+
     def times(self, weights: Tensor) -> Tensor:
         """weights (B, H, N) times the map of every head: (B, H, N) fp32."""
         return attention_vecmat(weights, self.q, self.k, self.stats.lse.detach(), self.scale)

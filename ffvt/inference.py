@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,7 +17,7 @@ from ffvt.data.images import UNREADABLE, read_image, to_rgb, to_square, upright
 from ffvt.data.threads import each_ahead
 from ffvt.data.transforms import evaluation_view, normalize
 from ffvt.errors import printable, require
-from ffvt.model.registry import image_statistics
+from ffvt.model.registry import image_statistics, model_of
 from ffvt.model.selection import without_registers
 from ffvt.precision import PRECISIONS, autocast
 from ffvt.train.checkpoint import find_checkpoint, load_checkpoint
@@ -41,7 +42,7 @@ class Prediction(NamedTuple):
         image: as it was given; of `Refused` its name.
         error: why there is no answer, or None; then the others are None.
         probabilities: (num_classes,) fp32, on the CPU.
-        index: (L-1, K) int64, what each layer picked, where that was asked for.
+        index: (L-1, K) int64, what each layer picked, or (H, 1), each head of a TransFG, where that was asked for.
     """
 
     image: Any
@@ -142,6 +143,22 @@ class Classifier:
         values, labels = probabilities.topk(min(top, len(self.classes)))
         return list(zip([self.classes[label] for label in labels.tolist()], values.tolist()))
 
+    def pick_by(self, criterion: str) -> None:
+        """Picks by another criterion from now on, with the same weights.
+
+        Args:
+            criterion: a name of `ffvt.criteria`.
+
+        Raises:
+            ValueError: it is none, or the model is no FFVT that can have another.
+        """
+        config = self.model.config
+        takes = getattr(config, "kind", "ffvt") == "ffvt" and config.feature_fusion and hasattr(config, "criterion")
+        require(takes, "load", "criterion", "left out for a model that is no FFVT", criterion)
+        model = model_of(replace(config, criterion=criterion))
+        model.load_state_dict(self.model.state_dict())
+        self.model = model.to(self.device).eval()
+
     def stream(
         self, pictures: Iterable[Picture | Refused], threads: int = 0, selection: bool = False
     ) -> Iterator[Prediction]:
@@ -194,7 +211,7 @@ class Classifier:
             logits, picked = self.model.forward_with_selection(images) if selection else (self.model(images), None)
         index: list[Tensor | None] | Tensor = [None] * len(views)
         if picked is not None:
-            index = without_registers(picked.index, self.model.config.num_prefix_tokens).cpu()
+            index = without_registers(picked.lines, self.model.config.num_prefix_tokens).cpu()
         return list(zip(logits.float().softmax(-1).cpu(), index))
 
 

@@ -125,7 +125,8 @@ def evaluate_checkpoint(
     config = classifier.model.config
     images = open_images(classifier, split, dataset, data_root, cache_dir, image_root)
     world.on_main(lambda: check_headers(None, {split: images}, skip_bad_images))
-    view = EvaluationView(images, config.image_size, classifier.recipe, config.grid_size, skip_bad_images)
+    overlap = (config.patch_size, config.patch_stride) if getattr(config, "patch_stride", None) else None
+    view = EvaluationView(images, config.image_size, classifier.recipe, config.grid_size, skip_bad_images, overlap)
     model, answers = classifier.model.to(world.device), _Answers()
     with Progress(len(view), "evaluate", enabled=world.is_main) as progress:
 

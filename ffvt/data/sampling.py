@@ -104,6 +104,7 @@ class EvaluationView(Dataset):
     """A split under the deterministic transforms.
 
     grid_size: patches along a side; where given and the set has boxes, samples tell which tokens are on the object.
+    overlap: side of a patch and pixels from one to the next, where patches overlap.
     skip_bad: pass over pictures that cannot be read (label `SKIPPED`) instead of raising ValueError.
     """
 
@@ -114,9 +115,10 @@ class EvaluationView(Dataset):
         recipe: Recipe = PLAIN,
         grid_size: int = 0,
         skip_bad: bool = False,
+        overlap: tuple[int, int] | None = None,
     ) -> None:
         self.images, self.image_size, self.recipe = images, image_size, recipe
-        self.grid_size, self.skip_bad = grid_size, skip_bad
+        self.grid_size, self.skip_bad, self.overlap = grid_size, skip_bad, overlap
         self.reported: set[str] = set()  # problems that were told
 
     def __len__(self) -> int:
@@ -142,7 +144,9 @@ class EvaluationView(Dataset):
             return torch.zeros(1 + self.grid_size**2, dtype=torch.bool)
         start = (side - self.image_size) // 2
         left, top, right, bottom = (edge * side - start for edge in box)
-        patches = patches_in_box((left, top, right, bottom), self.image_size / self.grid_size, self.grid_size)
+        whole = self.image_size / self.grid_size
+        size, stride = self.overlap or (whole, whole)
+        patches = patches_in_box((left, top, right, bottom), size, self.grid_size, stride)
         return torch.nn.functional.pad(patches, (1, 0))  # the class token is no patch
 
 
@@ -180,7 +184,7 @@ class StepSampler(Sampler):
     def _key(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(self.num_samples, self.seed, epoch, -1)
+            self._epoch, self._order = epoch, permutation(self.num_samples, self.seed, epoch, -1)
         return epoch, int(self._order[offset])
 
 
@@ -216,16 +220,17 @@ class BalancedSampler(StepSampler):
     def _key(self, position: int) -> tuple[int, int]:
         turn, place = divmod(position, len(self.members))
         if turn != self._round:
-            self._round, self._classes = turn, _permutation(len(self.members), self.seed, turn, -3)
+            self._round, self._classes = turn, permutation(len(self.members), self.seed, turn, -3)
         label = int(self._classes[place])
         members = self.members[label]
         epoch, offset = divmod(turn, len(members))
         if epoch != self._orders[label][0]:
-            self._orders[label] = epoch, _permutation(len(members), self.seed, epoch, label, -3)
+            self._orders[label] = epoch, permutation(len(members), self.seed, epoch, label, -3)
         return epoch, members[self._orders[label][1][offset]]
 
 
-def _permutation(count: int, *decided_by: int) -> Tensor:
+def permutation(count: int, *decided_by: int) -> Tensor:
+    """The numbers below `count` in an order that the other numbers decide, (count,) int64."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(*decided_by)))
 
 

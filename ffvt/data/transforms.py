@@ -180,10 +180,15 @@ def evaluation_view(image: Tensor, size: int, recipe: Recipe) -> Tensor:
     return center_crop(image, size)
 
 
-def patches_in_box(box: tuple[float, float, float, float], patch_size: float, grid_size: int) -> Tensor:
-    """Which patches overlap a box (left, top, right, bottom; pixels, half-open): bool (grid_size**2,), row by row."""
+def patches_in_box(
+    box: tuple[float, float, float, float], patch_size: float, grid_size: int, stride: float | None = None
+) -> Tensor:
+    """Which patches overlap a box (left, top, right, bottom; pixels, half-open): bool (grid_size**2,), row by row.
+
+    stride: pixels from one patch to the next; patch_size where None.
+    """
     left, top, right, bottom = box
-    edges = torch.arange(grid_size) * patch_size
+    edges = torch.arange(grid_size) * (stride or patch_size)
     columns, rows = ((edges < high) & (edges + patch_size > low) for low, high in ((left, right), (top, bottom)))
     return (rows[:, None] & columns).flatten()
 

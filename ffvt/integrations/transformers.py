@@ -6,10 +6,11 @@
     outputs = model(pixel_values, output_attentions=True)  # attentions[l]: the score of every token, (B, N)
 
 How: transformers calls a registered function in place of its own attention. Ours never makes the (B, H, N, N) map; what
-    `output_attentions` records of it is the MAWS score of every token.
+    `output_attentions` records of it is the score of every token, by MAWS or another criterion.
 Limits: self-attention of models with a class token as token 0. What else the interface can ask for (masks, causality,
     dropout, grouped heads, windows, caches) is refused by name. BEiT's learned position bias is taken, by PyTorch's
-    attention.
+    attention and for MAWS alone. An attention sees its own layer only, so the criteria rollout and psm, which read the
+    layers before, and similarity, which reads the layer's output, are refused; `ffvt.add_feature_fusion` takes them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffvt.criteria import Criterion, Layer, find, pick
 from ffvt.errors import as_integer, require
 from ffvt.kernels.backend_torch import class_logits, select_top
-from ffvt.kernels.ops import maws_attention
+from ffvt.kernels.ops import attention_stats, maws_attention
 from ffvt.kernels.reference import maws_score
 
 try:
@@ -62,7 +64,11 @@ IGNORED = ("num_items_in_batch", "output_attentions", "output_hidden_states", "o
 
 
 def register(
-    name: str = "ffvt", num_select: int = 12, first_candidate: int = 0, more_models: tuple[str, ...] = ()
+    name: str = "ffvt",
+    num_select: int = 12,
+    first_candidate: int = 0,
+    more_models: tuple[str, ...] = (),
+    criterion: str | Criterion = "maws",
 ) -> None:
     """Makes `attn_implementation=name` known to transformers. Registering a name again replaces its values.
 
@@ -72,13 +78,16 @@ def register(
         num_select: K, tokens to pick where a call does not say.
         first_candidate: tokens [0, first_candidate) are never picked, where a call does not say.
         more_models: `config.model_type` of further models whose token 0 is a class token.
+        criterion: what scores the tokens, where a call does not say: maws, class_row, column, vote, ats, received or
+            random (which scores every layer alike here), by name or as an object of `ffvt.criteria`.
 
     A call of the model can say otherwise, and can ask for the picks: `model(pixel_values, num_select=24,
-    first_candidate=1, selections=found)` appends (index (B, K) int64, score (B, N) fp32) of each layer to the list
-    `found`. With `output_attentions=True`, `outputs.attentions` are the scores.
+    first_candidate=1, criterion="vote", selections=found)` appends (index (B, K) int64, score (B, N) fp32) of each
+    layer to the list `found`. With `output_attentions=True`, `outputs.attentions` are the scores.
 
     Raises:
-        ValueError: the name is transformers' own, or a count does not hold. TypeError: a count is no integer.
+        ValueError: the name is transformers' own, a count does not hold, or the criterion is unknown, or reads more
+            than one layer's attention. TypeError: a count is no integer, or the criterion is none.
         ImportError: transformers is missing.
     """
     taken = AttentionInterface._global_mapping.get(name)
@@ -90,7 +99,10 @@ def register(
     first_candidate = as_integer("register", "first_candidate", first_candidate)
     require(first_candidate >= 0, "register", "first_candidate", "at least 0", first_candidate)
     models = frozenset((*CLASS_TOKEN_MODELS, *more_models))
-    attention = partial(attend, models=models, num_select=num_select, first_candidate=first_candidate)
+    criterion = _of_one_layer("register", criterion)
+    attention = partial(
+        attend, models=models, num_select=num_select, first_candidate=first_candidate, criterion=criterion
+    )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, make_no_mask)
 
@@ -109,6 +121,7 @@ def attend(
     models: frozenset[str],
     num_select: int,
     first_candidate: int,
+    criterion: str | Criterion = "maws",
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """transformers' attention function: query, key, value (B, H, N, D) -> out (B, N, H, D), score (B, N).
@@ -116,18 +129,79 @@ def attend(
     Raises:
         ValueError: something that is not computed here; the message names it.
     """
-    config = getattr(module, "config", None)
-    _check_model(module, config, models)
-    _check_call(query, key, value, dropout, bool(getattr(module, "is_causal", False) or is_causal), others)
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    if attention_mask is None:
+    q, k, v = _tokens_first(module, query, key, value, models, dropout, is_causal, others)
+    criterion = _of_one_layer(NAME, criterion)
+    fused = criterion.kind == "maws"
+    if attention_mask is not None:
+        _check_bias(attention_mask, module.config)
+        require(fused, NAME, "criterion", "maws where the model has a position bias", criterion.name)
+        out, index, score = _biased_attention(q, k, v, attention_mask, num_select, scaling, first_candidate)
+    elif fused:
         out, index, score = maws_attention(q, k, v, num_select, scaling, first_candidate)
     else:
-        _check_bias(attention_mask, config)
-        out, index, score = _biased_attention(q, k, v, attention_mask, num_select, scaling, first_candidate)
+        out, layer = _observe(module, q, k, v, scaling)
+        score = criterion([layer])
+        index = pick(score, num_select, first_candidate)
     if selections is not None:
         selections.append((index, score))
     return out, score
+
+
+def attend_observed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    *,
+    models: frozenset[str],
+    observed: list[Layer],
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As `attend`, but nothing is picked: what the attention leaves behind is appended to `observed`."""
+    q, k, v = _tokens_first(module, query, key, value, models, dropout, is_causal, others)
+    if attention_mask is not None:
+        _refuse_mask(attention_mask)
+    out, layer = _observe(module, q, k, v, scaling)
+    observed.append(layer)
+    return out, None
+
+
+def _tokens_first(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    models: frozenset[str],
+    dropout: float,
+    is_causal: bool | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key, value of a call that is served, as (B, N, H, D) each."""
+    _check_model(module, getattr(module, "config", None), models)
+    _check_call(query, key, value, dropout, bool(getattr(module, "is_causal", False) or is_causal), others)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Layer]:
+    out, stats = attention_stats(q, k, v, scale)
+    prefix = num_prefix_tokens(module.config)
+    return out, Layer(q.detach(), k.detach(), v.detach(), stats, scale=scale, num_prefix_tokens=prefix)
+
+
+def num_prefix_tokens(config: Any) -> int:
+    """P, tokens before the patches: the class token, a distillation token, registers."""
+    return 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
+
+
+def _of_one_layer(where: str, criterion: str | Criterion) -> Criterion:
+    found = find(criterion)
+    must = "maws, class_row, column, vote, ats, received or random, which read the attention of one layer alone"
+    require(not found.needs_history and found.kind != "similarity", where, "criterion", must, found.name)
+    return found
 
 
 def make_no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:

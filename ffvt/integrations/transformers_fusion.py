@@ -1,9 +1,9 @@
 """A ViT of transformers becomes an FFVT, all its parts kept; `transformers.Trainer` takes it as it is.
 
-How: each of the first L-1 layers runs as transformers wrote it, with an attention that also selects
-(`integrations/transformers.py`). So LayerScale, registers, gated MLPs, stochastic depth, rotary positions and
-transformers' activation checkpointing need no code here; only the fusion layer, whose tokens come from many places,
-needs its rotary table gathered.
+How: each of the first L-1 layers runs as transformers wrote it, with an attention that also selects, or leaves behind
+what another criterion than MAWS reads (`integrations/transformers.py`). So LayerScale, registers, gated MLPs,
+stochastic depth, rotary positions and transformers' activation checkpointing need no code here; only the fusion layer,
+whose tokens come from many places, needs its rotary table gathered.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -20,10 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ffvt.criteria import Criterion, find
 from ffvt.errors import as_integer, require
-from ffvt.integrations.transformers import CLASS_TOKEN_MODELS, attend
+from ffvt.integrations.transformers import CLASS_TOKEN_MODELS, attend, attend_observed, num_prefix_tokens
 from ffvt.kernels.ops import gather_tokens
-from ffvt.model.selection import SelectingModel, Selection
+from ffvt.model.selection import Picker, SelectingModel, Selection
 
 NAME = "add_feature_fusion"
 IMPLEMENTATION = "ffvt_fusion"  # of the attention of a fused model
@@ -56,10 +56,12 @@ class FusedTransformer(SelectingModel):
     The ViT is `vit`; its own forward keeps working.
     """
 
-    def __init__(self, vit: PreTrainedModel, num_select: int, num_classes: int, first_candidate: int) -> None:
+    def __init__(
+        self, vit: PreTrainedModel, num_select: int, num_classes: int, first_candidate: int, criterion: Criterion
+    ) -> None:
         super().__init__()
         self.vit, self.family = vit, FAMILIES[vit.config.model_type]
-        self.num_select, self.first_candidate = num_select, first_candidate
+        self.num_select, self.first_candidate, self.criterion = num_select, first_candidate, criterion
         norm = attrgetter(self.family.norm)(vit).weight
         self.head = nn.Linear(vit.config.hidden_size, num_classes, device=norm.device, dtype=norm.dtype)
         nn.init.zeros_(self.head.weight)
@@ -71,8 +73,7 @@ class FusedTransformer(SelectingModel):
 
     @property
     def num_prefix_tokens(self) -> int:
-        registers = getattr(self.vit.config, "num_register_tokens", 0)
-        return 1 + registers + hasattr(self.vit.embeddings, "distillation_token")
+        return num_prefix_tokens(self.vit.config)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Classifies images.
@@ -104,26 +105,29 @@ class FusedTransformer(SelectingModel):
             raise TypeError(f"{NAME}: pixel_values must be floating point, normalised; got dtype={images.dtype}")
         *layers, last_layer = attrgetter(self.family.layers)(self.vit)
         x, rope = self._embed(images)  # (B, N, C)
-        num_tokens, picked, chosen = x.shape[1], [], []
-        for layer in layers:
-            x, index, score = self._select(layer, x, rope)
-            picked.append(gather_tokens(x, index))  # (B, K, C)
-            chosen.append((index, score))  # (B, K), (B, N)
-        x = torch.cat([x[:, :1], *picked], dim=1)  # the class token and every pick, (B, 1 + (L-1)K, C)
-        selection = Selection.stack(chosen)
+        num_tokens = x.shape[1]
+        picker = Picker(self.criterion, self.num_select, self.first_candidate)
+        for number, layer in enumerate(layers):
+            if self.criterion.kind == "maws":
+                asked = {"num_select": self.num_select, "first_candidate": self.first_candidate}
+                x, (index, score) = self._run(layer, x, "selections", {**rope, **asked})
+                picker.take(gather_tokens(x, index), index, score)
+            else:
+                x, observed = self._run(layer, x, "observed", rope)
+                picker.judge(x, observed._replace(number=number))
+        selection = picker.selection()
         rope = _rope_of(F.pad(selection.index.flatten(1), (1, 0)), rope, num_tokens)
-        x = last_layer(x, attention_mask=None, **rope)
+        x = last_layer(picker.fused(x), attention_mask=None, **rope)
         return attrgetter(self.family.norm)(self.vit)(x[:, 0]), selection
 
-    def _select(self, layer: nn.Module, x: Tensor, rope: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer as transformers wrote it: x (B, N, C), index (B, K), score (B, N)."""
-        selections: list[tuple[Tensor, Tensor]] = []
-        asked = {"num_select": self.num_select, "first_candidate": self.first_candidate, "selections": selections}
-        x = layer(x, attention_mask=None, **asked, **rope)
-        if len(selections) != 1:
-            got = f"{len(selections)} selections with attn_implementation={self.vit.config._attn_implementation!r}"
+    def _run(self, layer: nn.Module, x: Tensor, answer: str, given: dict[str, Any]) -> tuple[Tensor, Any]:
+        """One layer as transformers wrote it: x (B, N, C), and what its attention puts into the list `answer`."""
+        answers: list[Any] = []
+        x = layer(x, attention_mask=None, **{answer: answers}, **given)
+        if len(answers) != 1:
+            got = f"{len(answers)} selections with attn_implementation={self.vit.config._attn_implementation!r}"
             raise ValueError(f"{NAME}: attn_implementation must stay {IMPLEMENTATION!r}; got {got}")
-        return x, *selections[0]
+        return x, answers.pop()  # out of the list, which activation checkpointing keeps until the backward
 
     def _embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Tokens (B, N, C), and what every layer is given beside them: the rotary table, if there is one."""
@@ -148,21 +152,25 @@ def _rope_of(index: Tensor, rope: dict[str, Any], num_tokens: int) -> dict[str, 
 
 
 def add_feature_fusion(
-    model: PreTrainedModel, num_select: int = 12, num_classes: int | None = None, first_candidate: int = 0
+    model: PreTrainedModel,
+    num_select: int = 12,
+    num_classes: int | None = None,
+    first_candidate: int = 0,
+    criterion: str | Criterion = "maws",
 ) -> FusedTransformer:
     """`ffvt.add_feature_fusion` of a model of transformers.
 
     Taken: ViT, DeiT, DINOv2 (with registers), DINOv3, ViT-MSN, CLIP's and MetaCLIP 2's vision model, alone or inside a
     model with a head or a text model. Refused: models without a class token (SigLIP, I-JEPA), with position biases
-    (BEiT), that hide patches (ViT-MAE); attention dropout.
+    (BEiT), that hide patches (ViT-MAE); attention dropout. There is no token reduction: every token stays to the end.
 
     Args:
         model: the model. It is used, not copied: its vision part loses the pooler, its mask token is frozen, and
             `attn_implementation` becomes "ffvt_fusion", which is "sdpa" for the model's own forward.
-        num_select, num_classes, first_candidate: as for `ffvt.add_feature_fusion`.
+        num_select, num_classes, first_candidate, criterion: as for `ffvt.add_feature_fusion`.
 
     Raises:
-        TypeError: not a transformers model, or a count is no integer.
+        TypeError: not a transformers model, a count is no integer, or the criterion is none.
         ValueError: a model of the refused kinds, fewer than two layers, or a value that does not hold.
     """
     if not isinstance(model, PreTrainedModel):
@@ -173,6 +181,7 @@ def add_feature_fusion(
     num_select = as_integer(NAME, "num_select", num_select)
     num_classes = as_integer(NAME, "num_classes", num_classes)
     first_candidate = as_integer(NAME, "first_candidate", first_candidate)
+    criterion = find(criterion)
     depth = len(attrgetter(FAMILIES[config.model_type].layers)(vit))
     require(depth >= 2, NAME, "num_hidden_layers", "at least 2", depth)
     for name in ("attention_dropout", "attention_probs_dropout_prob"):
@@ -186,7 +195,7 @@ def add_feature_fusion(
     vit.pooler = None  # our head takes its place, on the class token: no parameter without a gradient stays
     if getattr(vit.embeddings, "mask_token", None) is not None:
         vit.embeddings.mask_token.requires_grad_(False)
-    return FusedTransformer(vit, num_select, num_classes, first_candidate)
+    return FusedTransformer(vit, num_select, num_classes, first_candidate, criterion)
 
 
 def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -201,13 +210,18 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
 
 def _register() -> None:
     models = frozenset(CLASS_TOKEN_MODELS)
-    select = partial(attend, models=models)
+    select, observe = partial(attend, models=models), partial(attend_observed, models=models)
 
-    def attend_or_select(*args: Any, selections: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Selects where the fused model asks for it; else the attention that transformers takes by default."""
-        if selections is None:
-            return sdpa_attention_forward(*args, **kwargs)
-        return select(*args, selections=selections, **kwargs)
+    def attend_or_select(
+        *args: Any, selections: Any = None, observed: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Selects, or is observed, where the fused model asks for it; else the attention that transformers takes by
+        default."""
+        if observed is not None:
+            return observe(*args, observed=observed, **kwargs)
+        if selections is not None:
+            return select(*args, selections=selections, **kwargs)
+        return sdpa_attention_forward(*args, **kwargs)
 
     AttentionInterface.register(IMPLEMENTATION, attend_or_select)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

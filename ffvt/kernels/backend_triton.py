@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ffvt.kernels.backend_torch import (  # element by element: PyTorch's own kernels do it
-    attention_stats_forward,
-    attention_vecmat_forward,
-    augment,
-)
+from ffvt.kernels.attention_stats_triton import attention_stats_forward
+from ffvt.kernels.attention_vecmat_triton import attention_vecmat_forward
+from ffvt.kernels.backend_torch import augment  # element by element: PyTorch's own kernels do it
 from ffvt.kernels.gather_tokens_triton import gather_tokens_backward, gather_tokens_forward
 from ffvt.kernels.maws_attention_backward_triton import maws_attention_backward
 from ffvt.kernels.maws_attention_triton import maws_attention_forward

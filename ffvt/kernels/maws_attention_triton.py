@@ -47,19 +47,30 @@ def maws_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, num_select: int, scale: float, first_candidate: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out (B, N, H, D), index (B, K) int64, score (B, N) fp32, lse (B, H, N) fp32, and the zeros that lse lacks."""
-    B, N, H, D = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse, row, col = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
-    config = tuning.attention_config("forward", tuning.architecture(q.device), q.element_size(), D)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        if B:
-            attention_forward_kernel[config.grid(N, B * H)](
-                *(strided(q), strided(k), strided(v), out, lse, row, col, N, H, scale, scale * LOG2_E.value, D),
-                **config.constants,
-                **config.options,
-            )
+        out, lse, row, col = attend(q, k, v, scale)
         index, score = pick(row, col, num_select, first_candidate)
     return out, index, score, lse, torch.zeros_like(lse)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """out (B, N, H, D), lse and the class token's row and column of logits, (B, H, N) fp32; without v no out.
+
+    Launches on the current device.
+    """
+    B, N, H, D = q.shape
+    out = None if v is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse, row, col = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
+    kernel = "log_sum_exp" if v is None else "forward"
+    config = tuning.attention_config(kernel, tuning.architecture(q.device), q.element_size(), D)
+    values = None if v is None else strided(v)
+    if B:
+        attention_forward_kernel[config.grid(N, B * H)](
+            *(strided(q), strided(k), values, out, lse, row, col, N, H, scale, scale * LOG2_E.value, D),
+            **config.constants,
+            **config.options,
+        )
+    return out, lse, row, col
 
 
 # scale_log2 is scale * log2(e) from the host: one rounding less.
@@ -68,11 +79,15 @@ def attention_forward_kernel(
     q, k, v, out_ptr, lse_ptr, row_ptr, col_ptr, N, H, scale, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of patch queries of one head; the last program of a head makes the class row."""
+    """One program per tile of patch queries of one head; the last program of a head makes the class row.
+
+    v and out_ptr of None: the statistics alone.
+    """
     tiles = tl.cdiv(N - 1, BLOCK_M)
     bh, tile = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
-    q, k, v = head_of(q, bh, H), head_of(k, bh, H), head_of(v, bh, H)
-    out = contiguous_head(out_ptr, bh, N, H, D)
+    q, k, out = head_of(q, bh, H), head_of(k, bh, H), None
+    if v is not None:
+        v, out = head_of(v, bh, H), contiguous_head(out_ptr, bh, N, H, D)
     line = bh.to(tl.int64) * N
     if tile == tiles:
         class_row(q, k, v, out, lse_ptr + line, row_ptr + line, col_ptr + line, N, scale, scale_log2, D, BLOCK_N)
@@ -93,14 +108,17 @@ def query_tile(
     tl.store(col_ptr + offs_m, s_class * scale, mask=mask_m)
     m = s_class * scale_log2
     l = tl.full(m.shape, 1.0, tl.float32)
-    acc = outer(l, load_row(v_head, D))
+    acc = ()
+    if v_head is not None:
+        acc = outer(l, load_row(v_head, D))
     tail = 1 + (N - 1) // BLOCK_N * BLOCK_N
     for start in range(1, tail, BLOCK_N):
         m, l, acc = softmax_step(q, k_head, v_head, start, N, m, l, acc, scale_log2, D, BLOCK_N, False)
     for start in range(tail, N, TAIL):
         m, l, acc = softmax_step(q, k_head, v_head, start, N, m, l, acc, scale_log2, D, TAIL, True)
     tl.store(lse_ptr + offs_m, (m + tl.log2(l)) * LN_2, mask=mask_m)
-    store_tile(out_head, offs_m, mask_m, scaled(acc, (1.0 / l)[:, None]), D)
+    if out_head is not None:
+        store_tile(out_head, offs_m, mask_m, scaled(acc, (1.0 / l)[:, None]), D)
 
 
 @triton.jit
@@ -129,8 +147,10 @@ def softmax_step(
         p = tl.exp2(s * scale_log2 - shift[:, None])
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
-    acc = scaled(acc, alpha[:, None])
-    return m_new, l, add_dot(acc, p, load_tile(v_head, offs_n, mask_n, D))
+    if v_head is not None:
+        acc = scaled(acc, alpha[:, None])
+        acc = add_dot(acc, p, load_tile(v_head, offs_n, mask_n, D))
+    return m_new, l, acc
 
 
 @triton.jit
@@ -155,8 +175,10 @@ def class_row(
         p = tl.exp2(s - shift)
         alpha = tl.exp2(m - shift)
         l = l * alpha + tl.sum(p, 0)
-        added = weighted_rows(p, load_tile(v_head, offs_n, mask_n, D))
-        acc = add(scaled(acc, alpha), added)
+        if v_head is not None:
+            added = weighted_rows(p, load_tile(v_head, offs_n, mask_n, D))
+            acc = add(scaled(acc, alpha), added)
         m = m_new
     tl.store(lse_ptr, (m + tl.log2(l)) * LN_2)
-    store_row(out_head, [block / l for block in acc], D)
+    if out_head is not None:
+        store_row(out_head, [block / l for block in acc], D)

@@ -66,11 +66,17 @@ def class_logits_kernel(q, k, row_ptr, col_ptr, N, H, scale, D: tl.constexpr, BL
 
 
 @triton.jit
-def sum_of_softmaxes(lines_ptr, offs, mask, counted):
-    """Softmax of each line of logits (HEADS, BLOCK) over its tokens, summed over the counted lines: (BLOCK,)."""
+def softmax_of_lines(lines_ptr, offs, mask):
+    """Softmax of each line of logits (HEADS, BLOCK) over its tokens."""
     s = tl.load(lines_ptr + offs, mask=mask[None, :], other=float("-inf"))
     p = tl.exp(s - tl.max(s, 1)[:, None])
-    return tl.sum(tl.where(counted[:, None], p / tl.sum(p, 1)[:, None], 0.0), 0)
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def sum_of_softmaxes(lines_ptr, offs, mask, counted):
+    """The same summed over the counted lines: (BLOCK,)."""
+    return tl.sum(tl.where(counted[:, None], softmax_of_lines(lines_ptr, offs, mask), 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["N", "H", "K", "first_candidate"])

@@ -8,6 +8,8 @@ backend travels as an argument, so that a backward runs on the backend of its fo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -303,8 +305,22 @@ def _register_operators() -> None:
     for schema, (kernel, fake) in _OPERATORS.items():
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ffvt::{name}", fake, lib=_LIBRARY)
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, whose own products of fp32 autocast leaves alone: the public functions have cast what it asks for."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
 
 
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -68,6 +68,8 @@ class Tiling(NamedTuple):
 L2 = "128 queries a program: at 64 the keys and values would come out of L2 at 26 bytes a clock per multiprocessor"
 FITS = "largest tile of those tried (16x64 to 128x64) without a spill, two programs a multiprocessor if any"
 SCALAR = "fp32 runs on scalar units: larger tiles spill"
+L2_QUERIES = "128 keys a program: at 64 the queries would come out of L2 at D / 2 bytes a clock per multiprocessor"
+WARPS = "no fewer warps a multiprocessor than at 64x128, which spills on gfx942"
 TILES = "the interpreter's time goes by the number of tiles"
 
 ANY = "any"
@@ -117,7 +119,19 @@ TABLES = {
         Tiling("gfx942",            4, 128,      32,      32,     4,      1, SCALAR),
         Tiling(ANY,                 4, 128,      32,      32,     8,      1, SCALAR),
     ),
+    "vecmat": (
+        Tiling("interpreter",       4, 128,      64,      64,     4,      1, TILES),
+        Tiling("sm_90 sm_100",      2, 128,      64,     128,     8,      2, L2_QUERIES),
+        Tiling(ANY,                 2, 128,      64,      64,     4,      2, WARPS),
+        Tiling("sm_80 sm_86 sm_89", 4,  64,      32,      32,     4,      1, SCALAR),
+        Tiling("sm_80 sm_86 sm_89", 4,  96,      32,      16,     4,      1, SCALAR),
+        Tiling("sm_100",            4, 128,      32,      32,     8,      1, SCALAR),
+        Tiling(ANY,                 4, 128,      32,      32,     4,      1, SCALAR),
+    ),
 }
+# the forward kernel without values
+TABLES["log_sum_exp"] = (Tiling("sm_90", 4, 96, 32, 32, 4, 1, SCALAR), *TABLES["forward"])
+KEYS_OWNED = ("key_gradient", "vecmat")  # whose programs own keys; those of the others own queries
 # fmt: on
 
 
@@ -137,7 +151,7 @@ def _architecture(index: int) -> str:
 
 
 def attention_config(kernel: str, arch: str, element_size: int, head_dim: int) -> Config:
-    """The configuration of "forward", "query_gradient" or "key_gradient" for elements of that many bytes."""
+    """The configuration of a kernel of `TABLES` for elements of that many bytes."""
     return tiling_config(kernel, find_tiling(kernel, arch, element_size, head_dim))
 
 
@@ -166,7 +180,7 @@ def tiling_config(kernel: str, tiling: Tiling) -> Config:
     """The configuration of a row of a kernel's table."""
     constants = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL": TAIL[tiling.element_size]}
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    return Config(constants, options, tiling.block_n if kernel == "key_gradient" else tiling.block_m)
+    return Config(constants, options, tiling.block_n if kernel in KEYS_OWNED else tiling.block_m)
 
 
 # Padded number of tokens: heads at a time, warps.
@@ -183,6 +197,13 @@ def select_config(arch: str, num_tokens: int, num_select: int) -> Config:
         warps = min(warps, 16)  # of 64 threads
     top = min(block, max(2, triton.next_power_of_2(num_select)))
     return Config({"HEADS": heads, "BLOCK": block, "TOP": top}, {"num_warps": warps})
+
+
+@cache
+def lines_config(num_tokens: int) -> Config:
+    """One program per head holds both lines of its class token, 8 elements of each a thread; 16 past 4,096 tokens."""
+    block = max(16, triton.next_power_of_2(num_tokens))
+    return Config({"BLOCK": block}, {"num_warps": min(16, max(1, block // 256))})
 
 
 CLASS_LOGITS = Config({"BLOCK": 64}, {"num_warps": 4})

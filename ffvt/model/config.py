@@ -103,12 +103,9 @@ class FFVTConfig:
     backbone: str | None = setting(None, lambda value: value is None or value == "r50", "None or 'r50'")
 
     def __post_init__(self) -> None:
-        if isinstance(self.locations, list):  # as JSON has it
-            object.__setattr__(self, "locations", tuple(self.locations))
         for declared in fields(self):
-            self._check(
-                declared.name, declared.metadata["holds"](getattr(self, declared.name)), declared.metadata["must"]
-            )
+            value = as_declared("FFVTConfig", declared.name, getattr(self, declared.name))
+            object.__setattr__(self, declared.name, value)
         if self.patch_stride is None:
             whole = self.image_size % self.patch_size == 0
             self._check("image_size", whole, f"a multiple of patch_size={self.patch_size}")
@@ -137,15 +134,11 @@ class FFVTConfig:
 
     def _check_reduction(self) -> None:
         self._check("keep_rate", self.kind != "transfg", "1 with transfg, whose part selection needs every token")
-        last = self.depth - (2 if self.kind == "ffvt" else 1)  # behind it nothing is saved
-        rising = all(low < high for low, high in zip((-1, *self.locations), (*self.locations, last)))
-        self._check("locations", rising, f"in rising order, in [0, {last})")
-        if self.kind == "ffvt":
-            criteria = "maws, class_row, column, ats, received, similarity or random with keep_rate below 1"
-            self._check("criterion", self.criterion.partition(":")[0] not in ("vote", "rollout", "psm"), criteria)
-            left = self.tokens_after(self.depth)
-            limit = f"at most the {left - self.first_candidate} tokens left with keep_rate={self.keep_rate}"
-            self._check("num_select", self.num_select <= left - self.first_candidate, limit)
+        selects = self.kind == "ffvt"
+        check_locations("FFVTConfig", self.locations, self.depth - (2 if selects else 1))
+        if selects:
+            left = self.tokens_after(self.depth) - self.first_candidate
+            check_reduced_selection("FFVTConfig", self.keep_rate, self.criterion, self.num_select, left)
 
     def _check(self, name: str, holds: bool, must: str) -> None:
         require(holds, "FFVTConfig", name, must, getattr(self, name))
@@ -168,11 +161,8 @@ class FFVTConfig:
 
     def tokens_after(self, blocks: int) -> int:
         """Tokens that stand after the first `blocks` blocks."""
-        patches, fused = self.grid_size**2, 0
-        for number in range(blocks):
-            if self.reduces(number):
-                patches, fused = math.ceil(self.keep_rate * patches), 1
-        return self.num_prefix_tokens + patches + fused
+        reductions = sum(self.reduces(number) for number in range(blocks))
+        return self.num_prefix_tokens + patches_left(self.grid_size**2, self.keep_rate, reductions)
 
     @property
     def num_tokens(self) -> int:
@@ -183,6 +173,54 @@ class FFVTConfig:
     def num_prefix_tokens(self) -> int:
         """P, tokens before the patches: the class token."""
         return 1
+
+
+def as_declared(where: str, name: str, value: Any) -> Any:
+    """A value of the field `name` as `FFVTConfig` declares it; of a list, as JSON has it, the tuple.
+
+    Raises:
+        ValueError: the value does not hold by itself.
+    """
+    declared = FFVTConfig.__dataclass_fields__[name]
+    value = tuple(value) if isinstance(declared.default, tuple) and isinstance(value, list) else value
+    require(declared.metadata["holds"](value), where, name, declared.metadata["must"], value)
+    return value
+
+
+def check_locations(where: str, locations: tuple[int, ...], last: int) -> None:
+    """Refuses blocks for token reduction that are out of order, or not before block `last`, which saves nothing.
+
+    Raises:
+        ValueError: they are.
+    """
+    rising = all(low < high for low, high in zip((-1, *locations), (*locations, last)))
+    require(rising, where, "locations", f"in rising order, in [0, {last})", locations)
+
+
+def check_reduced_selection(where: str, keep_rate: float, criterion: str, num_select: int, left: int) -> None:
+    """Refuses a selection that token reduction makes impossible.
+
+    Args:
+        where: who checks.
+        keep_rate: fraction of the patches that stay.
+        criterion: name of the criterion.
+        num_select: K.
+        left: tokens that can still be picked where the fewest stand.
+
+    Raises:
+        ValueError: the criterion reads the square of the patches, or earlier layers; or K is too large.
+    """
+    criteria = "maws, class_row, column, ats, received, similarity or random with keep_rate below 1"
+    require(criterion.partition(":")[0] not in ("vote", "rollout", "psm"), where, "criterion", criteria, criterion)
+    limit = f"at most the {left} tokens left with keep_rate={keep_rate}"
+    require(num_select <= left, where, "num_select", limit, num_select)
+
+
+def patches_left(patches: int, keep_rate: float, reductions: int) -> int:
+    """Patches that stand after some reductions, the token of the others counted as one of them."""
+    for _ in range(reductions):
+        patches = math.ceil(keep_rate * patches)
+    return patches + (reductions > 0)
 
 
 def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int, **more: Any) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class ViT(nn.Module):
 
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
-        must = f"a configuration of the kind {self.kind!r} (ffvt.create_model makes any)"
-        require(config.kind == self.kind, type(self).__name__, "config", must, config.kind)
+        must = f"{self.kind!r} (ffvt.create_model makes any)"
+        require(config.kind == self.kind, type(self).__name__, "kind", must, config.kind)
         self.config = config
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(config)

@@ -62,9 +62,9 @@ class Picker:
 
     def judge(self, x: Tensor, layer: Layer) -> None:
         """Picks from a block's output (B, N, C), by what its attention left behind."""
-        layer = layer._replace(tokens=x.detach())
-        self.layers = [*self.layers, layer] if self.criterion.needs_history else [layer]
-        score = self.criterion(self.layers)
+        score = self.criterion([*self.layers, layer._replace(tokens=x.detach())])
+        if self.criterion.needs_history:
+            self.layers.append(layer.kept(views=torch.is_grad_enabled()))
         index = pick(score, self.num_select, self.first_candidate)
         self.take(gather_tokens(x, index), index, score)
 
@@ -97,7 +97,7 @@ class SelectingModel(nn.Module):
     num_prefix_tokens: int
 
     def forward(self, images: Tensor, need_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        features = self.forward_features(images)
+        features, _ = self.forward_features_with_selection(images)
         return (self.head(features), features) if need_features else self.head(features)
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The attention of a timm block, made to select.
+"""The attention of a timm block, made to select, or to leave behind what a selection reads.
 
-A timm attention keeps its code; its one call of scaled_dot_product_attention is served by `maws_attention`. What is
-replaced is the class of the module, once. So the same operators run whoever calls a block: the model's forward, timm's
-own `forward_features`, or the recomputation of activation checkpointing, which runs in the backward.
+A timm attention keeps its code; its one call of scaled_dot_product_attention is served by `maws_attention` or by
+`attention_stats`. What is replaced is the class of the module, once. So the same operators run whoever calls a block:
+the model's forward, timm's own `forward_features`, or the recomputation of activation checkpointing, which runs in the
+backward.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ffvt.kernels.ops import maws_attention
+from ffvt.criteria import Layer
+from ffvt.kernels.ops import attention_stats, maws_attention
 
 NAME = "add_feature_fusion"
-# .request: what the block that runs in this thread has to pick, if it is asked to; .observers: who else looks on
+# .request: of the block that runs in this thread, if there is one; .observers: who else looks on
 _thread = threading.local()
 
 
 class SelectionRequest:
-    """Within this context, the attention that runs in this thread picks tokens and answers with (index, score)."""
+    """Within this context, the attention that runs in this thread answers: a `Selecting` one with its picks, index
+    (B, K) and score (B, N), an `Observed` one with its `Layer`."""
 
-    def __init__(self, num_select: int, first_candidate: int) -> None:
+    def __init__(self, num_select: int = 1, first_candidate: int = 0) -> None:
         self.num_select, self.first_candidate = num_select, first_candidate
-        self.answers: list[tuple[Tensor, Tensor]] = []
+        self.answers: list[Any] = []
 
     def __enter__(self) -> SelectionRequest:
         self.outer = getattr(_thread, "request", None)
@@ -41,8 +44,8 @@ class SelectionRequest:
     def __exit__(self, *exc_info: object) -> None:
         _thread.request = self.outer
 
-    def answer(self) -> tuple[Tensor, Tensor]:
-        """The index (B, K) and the score (B, N).
+    def answer(self) -> Any:
+        """What the attention answered.
 
         Raises:
             ValueError: the attention has not called scaled_dot_product_attention exactly once.
@@ -56,7 +59,7 @@ class SelectionRequest:
 
 @contextmanager
 def observed_selections(observe: Callable[[Tensor, Tensor, float | None], None]) -> Iterator[None]:
-    """Within this context, in this thread, attention that selects tells `observe` its query, key (B, H, N, D), scale.
+    """Within this context, in this thread, attention that answers tells `observe` its query, key (B, H, N, D), scale.
 
     It is served by our operator, so nobody else can see a call of scaled_dot_product_attention.
     """
@@ -95,10 +98,12 @@ def given_options(
     }
 
 
-def _attend_and_select(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """scaled_dot_product_attention by `maws_attention`: (B, H, N, D) each.
+def _attend_and_answer(
+    operator: Callable[..., tuple[Tensor, Any]], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """scaled_dot_product_attention by one of our operators: (B, H, N, D) each.
 
-    Without a request (timm's own forward, or a recomputation in the backward) one pick is made and dropped, so that a
+    Without a request (timm's own forward, or a recomputation in the backward) the answer is dropped, so that a
     recomputation meets the operator of its forward.
     """
     request = getattr(_thread, "request", None)
@@ -110,14 +115,26 @@ def _attend_and_select(query: Tensor, key: Tensor, value: Tensor, *args: Any, **
             f"{NAME}: scaled_dot_product_attention must be called without mask, dropout, causality and grouped heads; "
             f"got {', '.join(refused)}"
         )
-    request, scale = request or SelectionRequest(1, 0), kwargs.get("scale")
+    request, scale = request or SelectionRequest(), kwargs.get("scale")
     for observe in getattr(_thread, "observers", ()):
         observe(query, key, scale)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    out, index, score = maws_attention(q, k, v, request.num_select, scale, request.first_candidate)
-    request.answers.append((index, score))
+    out, answer = operator(request, q, k, v, scale)
+    request.answers.append(answer)
     return out.transpose(1, 2)
+
+
+def _select(
+    request: SelectionRequest, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    out, index, score = maws_attention(q, k, v, request.num_select, scale, request.first_candidate)
+    return out, (index, score)
+
+
+def _observe(request: SelectionRequest, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Layer]:
+    out, stats = attention_stats(q, k, v, scale)
+    return out, Layer(q.detach(), k.detach(), v.detach(), stats, scale=scale)
 
 
 def _rotate_and_attend(
@@ -136,19 +153,27 @@ def _rotate_and_attend(
 class Role:
     """Mixed into the class of a timm attention, by `give_role`."""
 
+    role: type[Role]
     plain: type[nn.Module]  # timm's class
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        role = next(role for role in (Selecting, Fusing) if isinstance(self, role))
-        return _restore, (role, self.plain), self.__dict__  # pickle cannot find a class that was made here
+        return _restore, (self.role, self.plain), self.__dict__  # pickle cannot find a class that was made here
 
 
 class Selecting(Role):
-    """The attention of one of the first L-1 blocks."""
+    """The attention of one of the first L-1 blocks, which picks by itself."""
+
+    operator = staticmethod(_select)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with _SDPA(_attend_and_select):
+        with _SDPA(functools.partial(_attend_and_answer, self.operator)):
             return super().forward(*args, **kwargs)
+
+
+class Observed(Selecting):
+    """The attention of one of the first L-1 blocks, which leaves its statistics behind."""
+
+    operator = staticmethod(_observe)
 
 
 class Fusing(Role):
@@ -167,7 +192,7 @@ class Fusing(Role):
 
 @functools.cache
 def _class_with_role(role: type[Role], plain: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{role.__name__}{plain.__name__}", (role, plain), {"plain": plain})
+    return type(f"{role.__name__}{plain.__name__}", (role, plain), {"role": role, "plain": plain})
 
 
 def give_role(attention: nn.Module, role: type[Role] | None) -> None:
@@ -193,7 +218,7 @@ def check_attention(attention: nn.Module, like: Tensor) -> None:
     trial.fused_attn = True
     give_role(trial, Selecting)
     try:
-        with torch.no_grad(), SelectionRequest(1, 0) as request:
+        with torch.no_grad(), SelectionRequest() as request:
             trial.forward(like.new_zeros(1, 2, like.shape[-1]))
     except Exception as error:  # of a class that nobody here knows: one kind goes out, with the cause in it
         raise ValueError(

@@ -107,16 +107,29 @@ class TimmViT(OfTimm):
     def num_prefix_tokens(self) -> int:
         return self.vit.num_prefix_tokens
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.vit(images)
+    def forward(self, images: Tensor, need_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if not need_features:
+            return self.vit(images)
+        tokens = self.vit.forward_features(images)
+        return self.vit.forward_head(tokens), self.vit.forward_head(tokens, pre_logits=True)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> all tokens, (B, N, C), as timm's method."""
-        return self.vit.forward_features(images)
+        """Images (B, 3, S, S) -> what the head sees, (B, C); a distilled model has two heads, and this is the mean of
+        what they see. `vit.forward_features` gives all tokens."""
+        return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` gives -> logits (B, num_classes), as timm's method."""
-        return self.vit.forward_head(features, pre_logits=pre_logits)
+        """What `forward_features` gives, (B, C) -> logits (B, num_classes); the features themselves with pre_logits.
+
+        Raises:
+            ValueError: the model has two heads, and the mean of what they see does not tell their logits.
+        """
+        if pre_logits:
+            return features
+        head = self.get_classifier()
+        must = "one module (vit.forward_head takes what vit.forward_features gives)"
+        require(isinstance(head, nn.Module), "forward_head", "head", must, type(head).__name__)
+        return head(features)
 
     def forward_with_selection(self, images: Tensor) -> tuple[Tensor, Any]:
         """A fused model has it.

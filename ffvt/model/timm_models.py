@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffvt.criteria import find
 from ffvt.errors import printable, require
+from ffvt.model.config import as_declared
 from ffvt.model.timm_adapter import add_feature_fusion
 from ffvt.model.timm_base import EXTRA, OfTimm, TimmViT, check_is_vit
 
@@ -32,6 +34,7 @@ class TimmConfig:
         image_size: side of the square input image, pixels.
         dropout: rate after the embeddings and after the projections of attention and MLP (timm's pos_drop_rate and
             proj_drop_rate).
+        keep_rate: 1 without feature fusion, where every token stays.
         embed_dim, depth, num_heads, mlp_dim, patch_size: replace the named model's own value; None keeps it.
     """
 
@@ -48,6 +51,9 @@ class TimmConfig:
     num_heads: int | None = None
     mlp_dim: int | None = None
     patch_size: int | None = None
+    criterion: str = "maws"
+    keep_rate: float = 1.0
+    locations: tuple[int, ...] = (3, 6, 9)
 
     def __post_init__(self) -> None:
         self._check("timm", isinstance(self.timm, str), "a timm model's name")
@@ -61,6 +67,10 @@ class TimmConfig:
         rate = self.dropout
         is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool) and math.isfinite(rate)
         self._check("dropout", is_number and 0 <= rate < 1, "in [0, 1)")
+        for name in ("criterion", "keep_rate", "locations"):
+            object.__setattr__(self, name, as_declared("TimmConfig", name, getattr(self, name)))
+        find(self.criterion)
+        self._check("keep_rate", self.feature_fusion or self.keep_rate == 1, "1 without feature fusion")
 
     def _check(self, name: str, holds: bool, must: str) -> None:
         require(holds, "TimmConfig", name, must, getattr(self, name))
@@ -105,7 +115,8 @@ def make_timm_model(config: TimmConfig) -> OfTimm:
     if not config.feature_fusion:
         model: OfTimm = TimmViT(vit)
     else:
-        model = add_feature_fusion(vit, config.num_select, config.num_classes, config.first_candidate)
+        selection = (config.criterion, config.keep_rate, config.locations)
+        model = add_feature_fusion(vit, config.num_select, config.num_classes, config.first_candidate, *selection)
     model.config = config
     model.set_grad_checkpointing(config.gradient_checkpointing)
     return model

@@ -44,7 +44,7 @@ class AttentionRecord:
         score: (B, N) each, the MAWS score, the product of the two head-means.
 
     N counts the prefix too: the class token is token 0, then come a distillation token or registers, then the patches.
-    In the fusion block of an FFVT, N counts the fused tokens.
+    In the fusion block of an FFVT, N counts the fused tokens; behind a token reduction, those left.
 
     Raises:
         ValueError: at reading, no forward has run.

@@ -63,18 +63,13 @@ class TransFG(SelectingModel, ViT):
     def forward_features_with_selection(self, images: Tensor) -> tuple[Tensor, Selection]:
         *observed, picking = self.blocks
         x, layers = self.embed(images), []  # (B, N, C)
+        views = torch.is_grad_enabled() and not self.recomputes
         for block in observed:
             x, layer = self.run(block, x)
-            layers.append(self._kept(layer))
+            layers.append(layer.kept(views))
         x, *selection = picking(x, layers)  # (B, 1 + H, C); under checkpointing it would keep the layers, to pick again
         x = self.run(self.last_block, x)
         return self.norm(x[:, 0]), Selection(*selection)
-
-    def _kept(self, layer: Layer) -> Layer:
-        layer = layer._replace(v=None)
-        if torch.is_grad_enabled() and not self.recomputes:
-            return layer
-        return layer._replace(q=layer.q.clone(), k=layer.k.clone())
 
 
 class PartBlock(ObservedBlock):

@@ -15,6 +15,7 @@ from ffvt.files import write_whole
 from ffvt.model.config import FFVTConfig
 from ffvt.model.ffvt import FFVT
 from ffvt.report.page import Page
+from ffvt.report.picks import noun, panels, patch_grid, reason
 from ffvt.report.pictures import hit_rate_bars, selection_grid, training_curve
 from ffvt.train.checkpoint import load_checkpoint
 from ffvt.train.engine import TrainResult, train
@@ -137,28 +138,33 @@ def _show_learning(page: Page, result: DemoResult) -> None:
 
 def _show_selection(page: Page, result: DemoResult, config: FFVTConfig) -> None:
     page.heading("Where does it look?")
+    lines, kind = len(result.hit_rates), noun(config)
+    who = f"Each of the {lines} heads" if kind == "head" else f"Each of the first {lines} layers"
+    count = 1 if kind == "head" else config.num_select
     page.paragraph(
-        f"Each of the first {len(result.hit_rates)} layers picks {config.num_select} of {config.num_tokens - 1} "
-        "patches by mutual attention weight; only these and the class token reach the last layer. Nothing tells the "
-        "model where the mark is."
+        f"{who} picks {count} of {config.num_tokens - 1} patches by {reason(config)}; only these and the class token "
+        "reach the last layer. Nothing tells the model where the mark is."
     )
-    page.figure(hit_rate_bars(result.hit_rates, result.random_hit_rate), "hit rate of the picks per layer")
+    page.figure(hit_rate_bars(result.hit_rates, result.random_hit_rate, kind), f"hit rate of the picks per {kind}")
 
 
 @torch.no_grad()
 def _show_birds(page: Page, model: FFVT, birds: PartBirds) -> None:
-    page.heading("What did each layer pick?")
+    kind = noun(model.config)
+    page.heading(f"What did each {kind} pick?")
     page.paragraph(
         "The first test birds, never seen in training. Left: the picture, its mark framed in green, its class in "
-        "green where the prediction is right. Then the patches that each layer picked, framed; the rest is dimmed."
+        "green where the prediction is right. "
+        f"Then the patches that each {kind} picked, framed; the rest is dimmed."
     )
     shown = range(min(SHOWN, len(birds)))
     images = [birds[i][0] for i in shown]
     logits, selection = model.eval().forward_with_selection(normalize(torch.stack(images)))
     captions = [_caption(birds.classes, label, birds.labels[i]) for i, label in enumerate(logits.argmax(1).tolist())]
     boxes = [birds.box(i) for i in shown]
-    grid = selection_grid(images, selection.index, model.config.patch_size, captions, boxes)
-    page.figure(grid, "test birds with the patches each layer picked")
+    index, titles = panels(selection.lines, model.config)
+    grid = selection_grid(images, index, patch_grid(model.config), captions, boxes, titles=titles)
+    page.figure(grid, f"test birds with the patches each {kind} picked")
 
 
 def _caption(classes: list[str], predicted: int, true: int) -> tuple[str, bool]:

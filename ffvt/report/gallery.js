@@ -1,7 +1,7 @@
 "use strict";
 // The cards carry all that is searched, filtered and ordered by; nothing is fetched.
 const $ = (id) => document.getElementById(id);
-const tools = $("tools"), detail = $("detail"), list = $("cards");
+const tools = $("tools"), noun = tools.querySelector("[data-noun]").dataset.noun, detail = $("detail"), list = $("cards");
 const cards = [...list.children];
 const chosen = (name) => tools.querySelector(`input[name=${name}]:checked`)?.value ?? "";
 const visible = () => [...list.children].filter((card) => !card.hidden);
@@ -56,7 +56,7 @@ function openDetail(card) {
   open = card;
   const strip = [...tools.querySelectorAll("input[name=show]")].map((input) => {
     const button = document.createElement("button");
-    const text = input.value.startsWith("l") ? `Layer ${input.value.slice(1)}` : input.nextSibling.textContent;
+    const text = input.value.startsWith("l") ? `${noun} ${input.value.slice(1)}` : input.nextSibling.textContent;
     button.type = "button";
     button.dataset.which = input.value;
     button.append(frameOf(card, input.value), text);

@@ -24,6 +24,7 @@ from ffvt.predicting import PATH_LETTERS, find_images, name_of, problem_of
 from ffvt.progress import Progress
 from ffvt.report.gallery_page import Gallery, render
 from ffvt.report.output import figure_format, write_figure
+from ffvt.report.picks import panels, patch_grid
 from ffvt.report.pictures import selection_grid
 
 PAGE = (".html", ".htm")
@@ -44,7 +45,8 @@ class Shown:
         region: the part that the model sees, (left, top, right, bottom) as fractions of width and height.
         found: the most probable classes.
         true: its class where that is known, or None.
-        index: (L-1, K) int64, the picks of each layer; 0 is the class token, and any other that is no patch.
+        index: (L-1, K) int64, the picks of each layer, or (H, 1), of each head; 0 is the class token, and any other
+            that is no patch.
     """
 
     name: str
@@ -66,7 +68,7 @@ def look_at(
     """What the model makes of every image, in order; (name, problem) of one that cannot be read.
 
     Args:
-        classifier: of an FFVT.
+        classifier: of an FFVT or a TransFG.
         images: as `find_images` gives them.
         max_size: of the longer side of the shown pictures, pixels.
         labels: take the name of a folder that is a class for the true class.
@@ -101,7 +103,8 @@ def true_class(path: Path, classes: Sequence[str]) -> str | None:
 
 
 def selection_figure(classifier: Classifier, shown: Sequence[Shown]) -> Any:
-    """A row for each image: what the model sees of it, with name, prediction and probability, then every layer's picks.
+    """A row for each image: what the model sees of it, with name, prediction and probability, then every layer's picks,
+    or the parts of all heads.
 
     Raises:
         ValueError: there are too many images for one figure.
@@ -109,11 +112,14 @@ def selection_figure(classifier: Classifier, shown: Sequence[Shown]) -> Any:
     must = f"at most {FIGURE_IMAGES} for one figure (.html takes any number)"
     require(len(shown) <= FIGURE_IMAGES, "visualize", "images", must, len(shown))
     config = classifier.model.config
-    grid, other = config.grid_size, "class token" if config.num_prefix_tokens == 1 else "no patch"
-    patch = -(-FIGURE_SIDE // grid)
-    views = [_seen(one, patch * grid) for one in shown]
-    index = torch.stack([one.index for one in shown])
-    return selection_grid(views, index, patch, [(_caption(one), one.correct) for one in shown], other=other)
+    other = "class token" if config.num_prefix_tokens == 1 else "no patch"
+    stride = -(-FIGURE_SIDE // config.grid_size)  # in whole pixels
+    patches = patch_grid(config)
+    patches = patches.times(stride / patches.stride)
+    views = [_seen(one, round(patches.side)) for one in shown]
+    index, titles = panels(torch.stack([one.index for one in shown]), config)
+    captions = [(_caption(one), one.correct) for one in shown]
+    return selection_grid(views, index, patches, captions, other=other, titles=titles)
 
 
 def _seen(shown: Shown, side: int) -> Tensor:
@@ -146,6 +152,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, is_page)
     given = {name: getattr(arguments, name) for name in ("device", "precision", "batch_size")}
     classifier = load(arguments.checkpoint, **given)
+    if arguments.criterion:
+        classifier.pick_by(arguments.criterion)
     images = find_images(arguments.images, arguments.list)
     looked = look_at(classifier, images, arguments.max_size, arguments.labels == "folder", arguments.workers)
     gallery, shown = Gallery(classifier, arguments.checkpoint), []

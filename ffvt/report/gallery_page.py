@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ffvt.errors import printable
+from ffvt.report.picks import PatchGrid, noun, patch_grid, picks_by_head, reason
 from ffvt.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Gallery:
     Attributes:
         classifier: the model.
         checkpoint: where it came from.
-        layers: how many pick.
+        layers: how many pick, or how many heads.
         cards: the HTML of each image.
         known, right: images whose class is known, and those of them that are predicted as it.
         problems: (name, problem) of the files that could not be read.
@@ -56,7 +57,12 @@ class Gallery:
         self.right += shown.correct is True
         config = self.classifier.model.config
         other = "the class token too, which is no patch" if config.num_prefix_tokens == 1 else "what is no patch, too"
-        self.cards.append(_card(shown, len(self.cards), config.grid_size, other))
+        self.cards.append(_card(shown, len(self.cards), patch_grid(config), noun(config), other))
+
+    @property
+    def noun(self) -> str:
+        """What picks: a layer or a head."""
+        return noun(self.classifier.model.config)
 
 
 def render(gallery: Gallery) -> str:
@@ -98,15 +104,29 @@ def _header(gallery: Gallery) -> str:
     else:
         picked = "the class token being one more candidate" if is_alone else "class token and registers among them"
     return (
-        "<header><h1>What each layer picks</h1>"
+        f"<header><h1>What each {gallery.noun} picks</h1>"
         f'<p class="facts">{" · ".join(map(escape, facts))}</p>'
         f"<details><summary>How to read this</summary><p>The model cuts what it sees of an image into "
-        f"{config.grid_size} × {config.grid_size} patches. It has {gallery.layers + 1} layers: each of the first "
-        f"{gallery.layers} picks {config.num_select} tokens by mutual attention weight, {picked}. The last layer picks "
-        f"none: it gets the class token with all these picks, and classifies. So a model of {gallery.layers + 1} "
-        f"layers shows {gallery.layers}. What lies outside of the dashed frame is cropped off before the model sees "
-        "it.</p>"
-        "</details></header>"
+        f"{config.grid_size} × {config.grid_size} patches{_overlapping(config)}. {_who_picks(gallery, picked)} What "
+        "lies outside of the dashed frame is cropped off before the model sees it.</p></details></header>"
+    )
+
+
+def _overlapping(config: Any) -> str:
+    return " that overlap" if getattr(config, "patch_stride", None) else ""
+
+
+def _who_picks(gallery: Gallery, picked: str) -> str:
+    config, lines = gallery.classifier.model.config, gallery.layers
+    if picks_by_head(config):
+        return (
+            f"Before the last layer each of the {lines} heads picks one patch, its part, by {reason(config)}. The last "
+            "layer gets the class token with these parts, and classifies."
+        )
+    return (
+        f"It has {lines + 1} layers: each of the first {lines} picks {config.num_select} tokens by {reason(config)}, "
+        f"{picked}. The last layer picks none: it gets the class token with all these picks, and classifies. So a "
+        f"model of {lines + 1} layers shows {lines}."
     )
 
 
@@ -129,9 +149,10 @@ def _toolbar(gallery: Gallery) -> str:
         'spellcheck="false" placeholder="File or class" aria-keyshortcuts="/"><kbd>/</kbd></label>'
         f'{right}<label class="sort"><span>Order</span><select id="sort">{options}</select></label>'
         '<output id="count" aria-live="polite"></output></div>'
-        f'<div class="row"><span class="name" aria-hidden="true">Picks of layer</span>'
-        f'<fieldset class="chips"><legend>Picks of layer</legend>{chips}</fieldset>'
-        f"{_legend(gallery.layers)}</div></form>"
+        f'<div class="row"><span class="name" aria-hidden="true">Picks of {gallery.noun}</span>'
+        f'<fieldset class="chips" data-noun="{gallery.noun.capitalize()}">'
+        f"<legend>Picks of {gallery.noun}</legend>{chips}</fieldset>"
+        f"{_legend(gallery.layers, gallery.noun)}</div></form>"
     )
 
 
@@ -140,15 +161,15 @@ def _chip(name: str, value: str, text: str, checked: bool) -> str:
     return f'<label><input type="radio" name="{name}" value="{value}"{state}><span>{escape(text)}</span></label>'
 
 
-def _legend(layers: int) -> str:
+def _legend(layers: int, noun: str) -> str:
     heat, outlines = (f"linear-gradient(90deg, {', '.join(map(_rgb, c))})" for c in (HEAT_COLOURS, LAYER_COLOURS))
     return (
-        f'<p class="legend" data-for="heat">picked by 1 <i style="background:{heat}"></i> {layers} layers</p>'
-        f'<p class="legend" data-for="all">layer 1 <i style="background:{outlines}"></i> {layers}</p>'
+        f'<p class="legend" data-for="heat">picked by 1 <i style="background:{heat}"></i> {layers} {noun}s</p>'
+        f'<p class="legend" data-for="all">{noun} 1 <i style="background:{outlines}"></i> {layers}</p>'
     )
 
 
-def _card(shown: Shown, number: int, grid: int, other: str) -> str:
+def _card(shown: Shown, number: int, patches: PatchGrid, noun: str, other: str) -> str:
     name, probability = shown.found[0]
     name, path = printable(name), PurePath(shown.name)
     true = "" if shown.true is None else printable(shown.true)
@@ -166,11 +187,11 @@ def _card(shown: Shown, number: int, grid: int, other: str) -> str:
         f'<button type="button" class="open" aria-label="{escape(alt)}">'
         f'<span class="frame" data-show="heat" style="--w:{width};--h:{height}">'
         f'<img alt="{escape(alt)}" width="{width}" height="{height}" decoding="async" loading="lazy" '
-        f'src="data:image/jpeg;base64,{_jpeg(shown.picture)}">{_overlay(shown, grid)}</span></button>'
+        f'src="data:image/jpeg;base64,{_jpeg(shown.picture)}">{_overlay(shown, patches)}</span></button>'
         f'<div class="caption">'
         f'<p class="prediction"><b>{mark}{escape(name)}</b><span>{probability:.1%}</span></p>{truth}'
         f'<p class="file" title="{escape(shown.name)}"><span>{escape(folder)}</span>{escape(path.name)}</p>'
-        f"{_classes(shown)}{_other_picks(shown, other)}</div></article>\n"
+        f"{_classes(shown)}{_other_picks(shown, noun, other)}</div></article>\n"
     )
 
 
@@ -182,11 +203,11 @@ def _classes(shown: Shown) -> str:
     return f'<ol class="classes">{rows}</ol>'
 
 
-def _other_picks(shown: Shown, other: str) -> str:
+def _other_picks(shown: Shown, noun: str, other: str) -> str:
     layers = [str(layer) for layer, picks in enumerate(shown.index.tolist(), start=1) if 0 in picks]
     if not layers:
         return ""
-    layer = "Layer" if len(layers) == 1 else "Layers"
+    layer = noun.capitalize() + "s" * (len(layers) > 1)
     pick = "picks" if len(layers) == 1 else "pick"
     return f'<p class="token">{layer} {", ".join(layers)} {pick} {other}.</p>'
 
@@ -197,15 +218,20 @@ def _jpeg(picture: Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _overlay(shown: Shown, grid: int) -> str:
-    """The picks over the picture: a group for each layer, and the patches by how many layers pick them."""
+def _overlay(shown: Shown, grid: PatchGrid) -> str:
+    """The picks over the picture: a group for each layer, and the patches by how many layers pick them.
+
+    A unit of the groups is the way from one patch to the next.
+    """
+    grid = grid.times(1 / grid.stride)
     width, height = shown.picture.size
     left, top, right, bottom = (share * side for share, side in zip(shown.region, (width, height, width, height)))
-    place = f"matrix({(right - left) / grid:.5g} 0 0 {(bottom - top) / grid:.5g} {left:.5g} {top:.5g})"
+    across, down = (right - left) / grid.side, (bottom - top) / grid.side
+    place = f"matrix({across:.5g} 0 0 {down:.5g} {left:.5g} {top:.5g})"
     seen = f"M{left:.5g} {top:.5g}H{right:.5g}V{bottom:.5g}H{left:.5g}z"
-    layers = [[pick - 1 for pick in picks if pick > 0] for picks in shown.index.tolist()]
+    layers = [[pick for pick in picks if pick > 0] for picks in shown.index.tolist()]
     times = Counter(patch for picks in layers for patch in picks)
-    ground = f"M0 0H{grid}V{grid}H0z"
+    ground = f"M0 0H{grid.side:.5g}V{grid.side:.5g}H0z"
     groups = []
     for number, picks in enumerate(layers, start=1):
         path = _patches(picks, grid)
@@ -226,9 +252,11 @@ def _overlay(shown: Shown, grid: int) -> str:
     )
 
 
-def _patches(patches: Iterable[int], grid: int) -> str:
-    """Patches as an SVG path, in units of a patch."""
-    return "".join(f"M{patch % grid} {patch // grid}h1v1h-1z" for patch in sorted(patches))
+def _patches(patches: Iterable[int], grid: PatchGrid) -> str:
+    """Patches as an SVG path, in the grid's unit."""
+    size = f"{grid.size:.5g}"
+    corners = (grid.box(patch)[:2] for patch in sorted(patches))
+    return "".join(f"M{left:.5g} {top:.5g}h{size}v{size}h-{size}z" for left, top in corners)
 
 
 def _layer_rules(layers: int) -> str:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from ffvt.report.picks import PatchGrid
+
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 ACCENT, QUIET, MARK = "#c2410c", "#94a3b8", "#84cc16"
@@ -43,11 +45,11 @@ def training_curve(log: Sequence[dict[str, Any]], ceiling: float) -> Figure:
     return figure
 
 
-def hit_rate_bars(rates: Sequence[float], random_rate: float) -> Figure:
-    """One bar per selecting layer: the share of its picks that lie on the mark; random picks dashed."""
+def hit_rate_bars(rates: Sequence[float], random_rate: float, noun: str = "layer") -> Figure:
+    """One bar per selecting layer, or head: the share of its picks that lie on the mark; random picks dashed."""
     figure = Figure(figsize=(9, 3.0), layout="constrained")
     axes = figure.subplots()
-    layers = [f"layer {number}" for number in range(1, len(rates) + 1)]
+    layers = [f"{noun} {number}" for number in range(1, len(rates) + 1)]
     bars = axes.bar(layers, rates, color=ACCENT, width=0.55)
     axes.bar_label(bars, [f"{rate:.0%}\n{rate / random_rate:.1f}x" for rate in rates], padding=3)
     axes.axhline(random_rate, color=QUIET, linestyle="--")
@@ -68,18 +70,20 @@ def hit_rate_bars(rates: Sequence[float], random_rate: float) -> Figure:
 def selection_grid(
     images: Sequence[Tensor],
     index: Tensor,
-    patch_size: int,
+    patches: PatchGrid,
     captions: Sequence[tuple[str, bool | None]],
     boxes: Sequence[tuple[int, int, int, int]] | None = None,
     other: str = "class token",
+    titles: Sequence[str] | None = None,
 ) -> Figure:
     """A row per image: the picture, then for each layer the same with all but the picked patches dimmed.
 
-    images: uint8 (3, S, S) each; index: (B, L-1, K), 0 for what is no patch; captions: text, and whether it is right
-    (None where nobody knows); boxes: the mark, outlined in the first column; other: what 0 stands for, which a layer
-    that picked it says.
+    images: uint8 (3, S, S) each; index: (B, L-1, K), 0 for what is no patch; patches: where they lie, in pixels of the
+    images; captions: text, and whether it is right (None where nobody knows); boxes: the mark, outlined in the first
+    column; other: what 0 stands for, which a layer that picked it says; titles: of the panels, "layer 1", ... if None.
     """
     rows, layers = index.shape[:2]
+    titles = titles or [f"layer {number}" for number in range(1, layers + 1)]
     figure = Figure(figsize=(2.1 * (layers + 1), 2.3 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, layers + 1, squeeze=False)
     for row, (image, (text, good)) in enumerate(zip(images, captions)):
@@ -90,11 +94,11 @@ def selection_grid(
             _outline(grid[row, 0], boxes[row], MARK)
         for layer in range(layers):
             axes, picks = grid[row, layer + 1], index[row, layer].tolist()
-            axes.imshow(_dim_unpicked(pixels, picks, patch_size))
+            axes.imshow(_dim_unpicked(pixels, picks, patches))
             for pick in picks:
                 if pick > 0:
-                    _outline(axes, _patch_box(pick, pixels.shape[1], patch_size), ACCENT)
-            title = f"layer {layer + 1}" if row == 0 else ""
+                    _outline(axes, patches.box(pick), ACCENT)
+            title = titles[layer] if row == 0 else ""
             axes.set_title(title + (f" + {other}" if 0 in picks else ""), fontsize=10, color="#475569")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -102,20 +106,15 @@ def selection_grid(
     return figure
 
 
-def _patch_box(token: int, size: int, patch: int) -> tuple[int, int, int, int]:
-    row, column = divmod(token - 1, size // patch)
-    return column * patch, row * patch, (column + 1) * patch, (row + 1) * patch
-
-
-def _dim_unpicked(pixels: np.ndarray, picks: Sequence[int], patch: int) -> np.ndarray:
+def _dim_unpicked(pixels: np.ndarray, picks: Sequence[int], patches: PatchGrid) -> np.ndarray:
     weight = np.full(pixels.shape[:2], DIMMED)
     for pick in picks:
         if pick > 0:
-            x0, y0, x1, y1 = _patch_box(pick, pixels.shape[1], patch)
+            x0, y0, x1, y1 = map(round, patches.box(pick))
             weight[y0:y1, x0:x1] = 1.0
     return (pixels * weight[..., None]).astype(np.uint8)
 
 
-def _outline(axes: Any, box: tuple[int, int, int, int], colour: str) -> None:
+def _outline(axes: Any, box: tuple[float, float, float, float], colour: str) -> None:
     x0, y0, x1, y1 = box
     axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.8))

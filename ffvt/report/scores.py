@@ -17,6 +17,7 @@ from ffvt.errors import printable, require
 from ffvt.files import write_whole
 from ffvt.inference import load
 from ffvt.report.output import figure_format, write_figure
+from ffvt.report.picks import noun
 from ffvt.scoring import ClassScore, Evaluation, evaluate_checkpoint
 from ffvt.train.distributed import join_world
 
@@ -29,8 +30,9 @@ LETTERS = 32  # of a class's name in a table or on an axis
 Row = Sequence[str]
 
 
-def score_table(evaluation: Evaluation, title: str) -> str:
-    """The score for people: rates, loss, what the layers pick, the worst classes and the most confused pairs."""
+def score_table(evaluation: Evaluation, title: str, noun: str = "layer") -> str:
+    """The score for people: rates, loss, what the layers (or heads) pick, the worst classes and the most confused
+    pairs."""
     score, classes = evaluation.score, evaluation.class_scores()
     right, seen = sum(one.right for one in classes), sum(one.support > 0 for one in classes)
     rates = [
@@ -45,8 +47,8 @@ def score_table(evaluation: Evaluation, title: str) -> str:
     if score.selection is not None:
         picks = score.selection
         named = [
-            ("layers that pick the class token", picks.class_token_rate),
-            ("picks that the next layer picks too", picks.layer_overlap),
+            (f"{noun}s that pick the class token", picks.class_token_rate),
+            (f"picks that the next {noun} picks too", picks.layer_overlap),
             ("picks on the object", picks.hit_rate),
             ("random picks on the object", picks.random_hit_rate),
         ]
@@ -191,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluation = evaluate_checkpoint(classifier, world, **{name: getattr(arguments, name) for name in same})
         dataset = arguments.dataset or classifier.facts["options"]["dataset"]
         title = f"{printable(arguments.checkpoint)} on {arguments.split} of {dataset}"
-        world.on_main(lambda: _show(evaluation, title, arguments))
+        world.on_main(lambda: _show(evaluation, title, noun(classifier.model.config), arguments))
 
 
 def _check_file(name: str, path: str) -> None:
@@ -205,11 +207,11 @@ def _check_file(name: str, path: str) -> None:
         raise FileNotFoundError(f"evaluate: the folder of {name} must exist; got {name}={path!r}")
 
 
-def _show(evaluation: Evaluation, title: str, arguments: argparse.Namespace) -> None:
+def _show(evaluation: Evaluation, title: str, noun: str, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(score_json(evaluation, arguments.per_class), allow_nan=False))
     else:
-        print(score_table(evaluation, title))
+        print(score_table(evaluation, title, noun))
         if arguments.per_class:
             print(f"\n{class_table(evaluation.class_scores())}")
     if arguments.confusion and Path(arguments.confusion).suffix.lower() != ".csv":

@@ -7,7 +7,6 @@ import platform
 import torch
 
 from ffvt.kernels.backends import info
-from ffvt.model.selection import SelectingModel
 from ffvt.train.data import Data
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
@@ -20,19 +19,35 @@ def announcement(state: TrainState, data: Data) -> str:
     """The model, the images and the schedule of a run, in three lines."""
     options, world = state.options, state.world
     parameters = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
-    is_fused = isinstance(state.model, SelectingModel)
-    kind = f"FFVT, {options.num_token} tokens picked by each block" if is_fused else "plain ViT (no --feature_fusion)"
     validation = "" if data.test is data.validation else f"{len(data.validation):,} {data.validation_split}, "
     batch = options.train_batch_size * world.size
     ranks = f" on {world.size} processes" if world.size > 1 else ""
     epochs = options.num_steps * batch / len(data.train)
     return (
-        f"model: {options.model_type}, {kind}, {parameters:.1f} M parameters, images of {options.img_size} pixels\n"
+        f"model: {options.model_type}, {kind_of(options)}, {parameters:.1f} M parameters, images of "
+        f"{options.img_size} pixels\n"
         f"data: {options.dataset}, {len(data.train):,} training, {validation}{len(data.test):,} {options.eval_split} "
         f"images, {len(data.classes):,} classes\n"
         f"schedule: {options.num_steps:,} steps of {batch} images{ranks}, {epochs:.1f} epochs, in "
         f"{options.autocast_precision} on {_device(world.device)}"
     )
+
+
+def kind_of(options: TrainOptions) -> str:
+    """What is trained, with what picks and what is left out of it, and what is added to its loss."""
+    if options.head == "transfg":
+        kind = "TransFG, a part picked by each head"
+    elif options.feature_fusion:
+        by = "" if options.criterion == "maws" else f" by {options.criterion}"
+        kind = f"FFVT, {options.num_token} tokens picked by each block{by}"
+    else:
+        kind = "plain ViT (no --feature_fusion)"
+    if options.patch_stride:
+        kind += f", patches {options.patch_stride} pixels apart"
+    if options.keep_rate < 1:
+        after = ", ".join(map(str, options.locations))
+        kind += f", {options.keep_rate:.0%} of the patches kept after blocks {after}"
+    return kind + ", contrastive loss" * options.contrastive
 
 
 def _device(device: torch.device) -> str:

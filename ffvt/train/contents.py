@@ -32,6 +32,7 @@ from ffvt.train.options import TrainOptions
 
 LARGEST_SIDE = 8192  # pixels to which an image is resized, which takes 200 MB
 _DTYPES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
+MOST_VALUES = 1000  # of an option that takes any number
 LAST_STEP = 10**8 - 1  # folders have names of eight digits
 
 _SHARE, _STEPS = number(0, 1 + 1e-9), integer(0, LAST_STEP)
@@ -59,8 +60,9 @@ _KIND_OF_OPTION = {bool: flag, int: integer(-(2**63), 2**63 - 1), float: number(
 
 def _option(declared: Any) -> Kind:
     kind = _KIND_OF_OPTION.get(declared.metadata["kind"], anything)
-    if declared.metadata["count"]:
-        return array(kind, 0, declared.metadata["count"])
+    count = declared.metadata["count"]
+    if count:
+        return array(kind, 0, MOST_VALUES if count == "+" else count)
     return optional(kind) if declared.default is None else kind
 
 
@@ -99,7 +101,7 @@ STATE = record(
         "schedule_steps": _STEPS,
         "scaler": record({}, may=_SCALER),
         "averaged_steps": _STEPS,
-        "meter": array(number(0), 5, 5),
+        "meter": array(number(0), 5, 6),  # older versions knew no contrastive loss
         "last": optional(record(_SCORE)),
         "best": optional(record(_SCORE)),
         "generators": array(record({"python": _PYTHON_GENERATOR, "numpy": _NUMPY_GENERATOR}), 1, 2**16),

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from ffvt.data.datasets import ImageSet, ImageSubset, open_split, recipe_for
+from ffvt.data.grouping import GroupSampler, check_groups
 from ffvt.data.headers import check_headers, tell_left_out
 from ffvt.data.mixing import Mixing
 from ffvt.data.sampling import (
@@ -112,6 +113,8 @@ class Data:
         cut = (options.train_batch_size, steps, options.seed, world.rank, world.size, samples)
         if options.balanced_sampling:
             sampler = BalancedSampler(self.train.images.labels, self.classes, *cut)
+        elif options.images_per_class:
+            sampler = GroupSampler(self.train.images.labels, self.classes, options.images_per_class, *cut)
         else:
             sampler = StepSampler(len(self.train), *cut)
         return loading(
@@ -130,13 +133,15 @@ def open_data(options: TrainOptions) -> Data:
     Raises:
         ValueError: the data set, its files or the sizes do not fit.
     """
+    config = config_of(options.model_type, **options.model_fields(1))  # refuses what does not hold, before files
     training, evaluated = (_open(options, split) for split in ("train", options.eval_split))
     splits = {"train": training, options.eval_split: evaluated}
     recipe = recipe_for(options.to_dict(), *image_statistics(options.model_type, options.pretrained_dir))
-    grid_size = config_of(options.model_type, **options.model_fields(len(training.classes))).grid_size
+    grid_size = config.grid_size
+    overlap = (config.patch_size, config.patch_stride) if options.patch_stride else None
 
     def evaluation(images: ImageSet) -> EvaluationView:
-        return EvaluationView(images, options.img_size, recipe, grid_size, skip_bad=True)
+        return EvaluationView(images, options.img_size, recipe, grid_size, skip_bad=True, overlap=overlap)
 
     validation = test = evaluation(evaluated)
     validation_split = options.eval_split
@@ -146,6 +151,8 @@ def open_data(options: TrainOptions) -> Data:
         training = ImageSubset(training, kept)
     if options.balanced_sampling:
         class_counts(training.labels, training.classes, "balanced_sampling")  # before anything is made
+    if options.images_per_class:
+        check_groups(training.labels, training.classes, options.images_per_class, options.train_batch_size)
     if options.class_weights != "none":
         class_counts(training.labels, training.classes, "class_weights")
     longest = max(training.classes, key=len)

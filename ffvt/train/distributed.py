@@ -42,7 +42,7 @@ class World:
             for block in model.transformer_blocks:
                 fully_shard(block)
             fully_shard(model)
-            for method in ("forward_with_selection", "forward_features", "forward_features_with_selection"):
+            for method in ("forward_with_selection",):
                 if hasattr(model, method):
                     register_fsdp_forward_method(model, method)
             return model
@@ -72,6 +72,14 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def tensors(self, own: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one shape and dtype, on every rank; without gradient."""
+        if self.size == 1:
+            return [own]
+        found = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(found, own.contiguous())
+        return found
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What `function` returns, or raises, on the main rank, on every rank."""

@@ -29,6 +29,8 @@ log = logging.getLogger("ffvt")
 class SelectionStatistics:
     """What the layers of an FFVT picked, as means over images and layers; hit rates over the images with a box.
 
+    Of a TransFG, whose heads pick, each head counts as a layer.
+
     Attributes:
         class_token_rate: fraction of layers that pick the class token.
         layer_overlap: fraction of a layer's picks that the next layer picks too; None where one layer picks.
@@ -148,11 +150,11 @@ def evaluate(
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits, and the picks (B, L-1, K) of a model that selects."""
+    """Logits, and the picks of a model that selects, (B, L-1, K), or (B, H, 1) of its heads."""
     if not isinstance(model, SelectingModel):
         return model(images), None
     logits, selection = model.forward_with_selection(images)
-    return logits, selection.index
+    return logits, selection.lines
 
 
 def hit_rates(index: Tensor, on_object: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def _add_flag(group: Any, name: str, default: Any, facts: Mapping[str, Any]) -> 
         return
     kind, choices = facts["kind"], facts["limits"].get("choices")
     meaning = f"{facts['help']}: {', '.join(filter(None, choices))}" if choices else facts["help"]
-    shown = "" if default in (None, "", ()) else f" (default: {default})"
+    listed = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = "" if listed in (None, "") else f" (default: {listed})"
     metavar = "NAME" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
     more = {"type": kind, "default": default, "choices": choices, "metavar": metavar, "nargs": facts["count"]}
     group.add_argument(f"--{name}", help=f"{meaning}{authors}{shown}", **more)

@@ -65,9 +65,9 @@ class LogLines:
         """The means since the last such line, unless every step since then was skipped."""
         self._write_replaced()
         state = self.state
-        if not state.world.any(bool(state.meter.sums[-1] > 0))[0]:
+        if not state.world.any(state.meter.steps > 0)[0]:
             return
-        loss, accuracy, norm = state.meter.take(state.world)
+        loss, accuracy, norm, contrastive = state.meter.take(state.world)
         images_per_second = throughput.take()
         self.log.write(
             "train",
@@ -80,6 +80,7 @@ class LogLines:
             images_per_second=images_per_second,
             mfu=images_per_second * self.flops_per_image / self.peak_flops,
             skipped=state.skipped,
+            **({"contrastive": contrastive} if state.options.contrastive else {}),  # a part of the loss
         )
         if self.log.has_bar:
             self.log.show(loss=f"{loss:.3f}", lr=f"{rate:.2e}", images_per_second=f"{images_per_second:.0f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ffvt.criteria import find
 from ffvt.model.config import FFVTConfig
 from ffvt.model.cost import (
     BlockRows,
@@ -92,11 +93,12 @@ def saved_activations(
     found = _embedding_tensors(config, element, device)
     casts = {"patch_embed.weight cast": 3 * config.patch_size**2 * config.embed_dim}
     for number, rows in enumerate(blocks):
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and rows.recomputed:
             kept = {"input": FP32 * rows.attended * config.embed_dim}
         else:
             kept = _attention_tensors(config, rows, element) | _mlp_tensors(config, rows, element, device)
             casts[f"block {number} weight casts"] = attention_matrices(config) + _mlp_matrices(config)
+        kept |= _outside_tensors(config, blocks, number, element)
         found |= {f"block {number} {name}": size for name, size in kept.items()}
     found |= _head_tensors(config, blocks[-1], element)
     casts["head.weight cast"] = config.embed_dim * config.num_classes
@@ -124,14 +126,27 @@ def _attention_tensors(config: FFVTConfig, rows: BlockRows, element: int) -> dic
         "out": element * computed * dim,  # of attention; the projection's input is the same memory
         "lse": FP32 * computed * config.num_heads,
     }
-    if rows.selects and not rows.pruned:  # of our own operator; the others' attention is PyTorch's
+    if (rows.selects or rows.observed) and not rows.pruned:  # of our own operator; the others' attention is PyTorch's
         tensors["row_max"] = FP32 * computed * config.num_heads
-    if rows.selects:
+    if rows.selects and config.kind == "transfg":
+        tensors["index"] = 8 * (1 + config.num_heads) * (1 + rows.pruned)  # of the queries, and of the tokens
+    elif rows.selects and not rows.observed:
         tensors["index"] = 8 * (computed if rows.pruned else config.num_select)
     if rows.selects and rows.pruned:
         tensors["gathered queries"] = element * computed * dim
     if config.layer_scale is not None:
         tensors["attention before its scale"] = element * computed * dim
+    return tensors
+
+
+def _outside_tensors(config: FFVTConfig, blocks: list[BlockRows], number: int, element: int) -> dict[str, int]:
+    """What is kept behind a block, which activation checkpointing does not compute again."""
+    rows, tensors = blocks[number], {}
+    if rows.selects and rows.observed and config.kind == "ffvt":
+        tensors["index"] = 8 * config.num_select
+    if rows.reduced:
+        tensors["index of what stays"] = 8 * (config.tokens_after(number + 1) - 1)
+        tensors["weights of the rest"] = element * rows.reduced
     return tensors
 
 
@@ -180,12 +195,18 @@ def _backward_moments(config: FFVTConfig, batch_size: int, element: int, device:
     attention = [size + cast * attention_matrices(config) for size in attention]
     mlp = [batch_size * sum(_mlp_tensors(config, rows, element, device).values()) for rows in blocks]
     mlp = [size + cast * _mlp_matrices(config) for size in mlp]
-    kept = [batch_size * FP32 * rows.attended * dim for rows in blocks]  # by checkpointing: the block's input
-    if not config.gradient_checkpointing:
-        kept = [sum(sizes) for sizes in zip(attention, mlp)]
+    outside = [sum(_outside_tensors(config, blocks, number, element).values()) for number in range(len(blocks))]
+    kept = [
+        batch_size * FP32 * rows.attended * dim  # by checkpointing: the block's input
+        if config.gradient_checkpointing and rows.recomputed
+        else attention[number] + mlp[number]
+        for number, rows in enumerate(blocks)
+    ]
+    kept = [size + batch_size * more for size, more in zip(kept, outside)]
     embedding = _held_pixels(config, batch_size) + cast * 3 * config.patch_size**2 * dim
     embedding += batch_size * sum(_embedding_tensors(config, element if cast else 0, device).values())
     gradients, moments = FP32 * head_parameters(config), []
+    moments.append((embedding + sum(kept), 0, batch_size * _history(config, blocks, element)))
     for number in reversed(range(len(blocks))):
         rows, below = blocks[number], embedding + sum(kept[:number])
         in_mlp, in_attention = _mlp_temporary(config, rows, element), _attention_temporary(config, rows, element)
@@ -195,6 +216,17 @@ def _backward_moments(config: FFVTConfig, batch_size: int, element: int, device:
         moments.append((below + attention[number], gradients, batch_size * in_attention))
         gradients += FP32 * (block_parameters(config) - _mlp_matrices(config))
     return moments
+
+
+def _history(config: FFVTConfig, blocks: list[BlockRows], element: int) -> int:
+    """Bytes of one image that the blocks leave behind until the last of them has picked: the lines of statistics, and
+    with checkpointing q and k, which nothing else keeps then; v too, in whose memory they lie, unless they are copied.
+    """
+    if not (config.kind == "transfg" or (config.kind == "ffvt" and find(config.criterion).needs_history)):
+        return 0
+    projected = (2 if config.kind == "transfg" else 3) * element * config.embed_dim * config.gradient_checkpointing
+    lines = 3 * FP32 * config.num_heads  # row, column, lse
+    return sum(rows.attended * (projected + lines) for rows in blocks if rows.observed)
 
 
 def _mlp_temporary(config: FFVTConfig, rows: BlockRows, element: int) -> int:

@@ -6,16 +6,15 @@ Nothing here imports torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
 from ffvt.data.layouts import DATASETS, canonical_name
 from ffvt.errors import require
-from ffvt.model.config import AUTHORS_NAMES, LAST_BLOCKS, PRESETS
+from ffvt.model.config import AUTHORS_NAMES, HEADS, LAST_BLOCKS, PRESETS
 from ffvt.precision import PRECISIONS
+from ffvt.train.limits import are_numbers, as_tuple, is_integer, keeps_limit
 
 OPTIMIZERS = ("sgd", "adamw")
 DECAYS = ("cosine", "linear")
@@ -25,6 +24,7 @@ DEVICES = ("auto", "cpu", "cuda")
 IN_EPOCHS = {"epochs": "num_steps", "warmup_epochs": "warmup_steps", "eval_epochs": "eval_every"}
 MIN_ALPHA = 0.01  # below it PyTorch's Beta distribution gives 0.5 in the place of many a 0 or 1
 MODEL_OVERRIDES = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size")
+MODEL_CHOICES = ("criterion", "head", "patch_stride", "keep_rate", "locations")  # not every kind of model has them
 LONGEST_NAME = 150  # letters; a file's name has 255 bytes, and copies and locks of a run have longer ones
 
 DATA, AUGMENTATION, MODEL, OPTIMISER = "data", "augmentation and balance", "model", "optimiser"
@@ -39,7 +39,7 @@ def option(
     *,
     authors: bool = False,
     kind: type | None = None,
-    count: int | None = None,
+    count: int | str | None = None,
     **limits,
 ) -> Any:
     """Declares one option: a field of `TrainOptions` and a flag of the same name.
@@ -50,7 +50,8 @@ def option(
         group: the topic under which `--help` shows it.
         authors: whether it is a flag of the authors' code, whose name stays.
         kind: the type of the flag's value where the default is None or empty.
-        count: how many values the flag takes, where that is not one: the field is a tuple, () for the default.
+        count: how many values the flag takes, where that is not one: the field is a tuple, () for none. "+": any number
+            of integers but none.
         limits: choices, model (choices, or timm:NAME), at_least, above, or within (an interval such as "[0, 1)").
     """
     facts = {"help": help, "group": group, "authors": authors, "kind": kind or type(default)}
@@ -129,6 +130,12 @@ class TrainOptions:
         choices=CLASS_WEIGHTS,
     )
     balanced_sampling: bool = option(False, "train on images of every class equally often", AUGMENTATION)
+    images_per_class: int = option(
+        0,
+        "put so many images of each class that a process's batch has into it, for --contrastive; 0: as they come",
+        AUGMENTATION,
+        at_least=0,
+    )
 
     model_type: str = option(
         "ViT-B_16",
@@ -152,12 +159,34 @@ class TrainOptions:
     first_candidate: int = option(
         0, "tokens before this one are never picked; 1: the class token, and of timm's models all registers", MODEL
     )
+    criterion: str = option(
+        "maws", "what picks the tokens of FFVT, a name of ffvt.criteria: class_row, vote, random:7, ...", MODEL
+    )
+    head: str = option(
+        "ffvt", "transfg trains a TransFG, with or without feature_fusion: one part per head", MODEL, choices=HEADS
+    )
     dropout: float = option(0.1, "dropout rate", MODEL)
     embed_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     depth: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     num_heads: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     mlp_dim: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
     patch_size: int | None = option(None, "replaces the model size's own value", MODEL, kind=int)
+    patch_stride: int | None = option(
+        None,
+        "pixels from one patch to the next, at most patch_size; left out: patch_size, no overlap",
+        MODEL,
+        kind=int,
+        at_least=1,
+    )
+    keep_rate: float = option(
+        1.0,
+        "fraction of the patches that stay after each block of locations; the rest become one token",
+        MODEL,
+        within="(0, 1]",
+    )
+    locations: tuple[int, ...] = option(
+        (3, 6, 9), "these blocks, from 0; not read with keep_rate 1", MODEL, kind=int, count="+"
+    )
 
     optimizer: str = option("sgd", "optimiser", OPTIMISER, choices=OPTIMIZERS)
     learning_rate: float = option(3e-2, "peak learning rate", OPTIMISER, authors=True, above=0)
@@ -169,6 +198,9 @@ class TrainOptions:
         1.0, "norm to which gradients are clipped, 0 for none", OPTIMISER, authors=True, at_least=0
     )
     smoothing_value: float = option(0.0, "label smoothing", OPTIMISER, authors=True, within="[0, 1)")
+    contrastive: bool = option(
+        False, "add the contrastive loss of TransFG: images of a class alike, of others apart (margin 0.4)", OPTIMISER
+    )
     ema_decay: float = option(
         0.0, "evaluate a moving average of the weights with this decay, 0 for none", OPTIMISER, within="[0, 1)"
     )
@@ -245,7 +277,7 @@ class TrainOptions:
         canonical_name(self.dataset)
         for declared in fields(self):
             if declared.metadata["count"]:
-                object.__setattr__(self, declared.name, _as_tuple(getattr(self, declared.name)))
+                object.__setattr__(self, declared.name, as_tuple(getattr(self, declared.name)))
             self._check_limits(declared)
         self._check_augmentation()
         fits = self.name.isprintable() and len(self.name) <= LONGEST_NAME
@@ -258,6 +290,7 @@ class TrainOptions:
         self._require(not held_out, "eval_split", "another than val, which with val_split is what that holds out")
         divides = self.train_batch_size % parts == 0
         self._require(divides, "train_batch_size", f"a multiple of gradient_accumulation_steps={parts}")
+        self._check_model()
         self._require(not (self.resume and self.overwrite), "overwrite", f"left out with resume={self.resume!r}")
         if self.fsdp:
             self._require(self.autocast_precision != "fp16", "precision", "bf16 or fp32 with fsdp=True")
@@ -272,22 +305,36 @@ class TrainOptions:
             least = 2 * self.gradient_accumulation_steps
             must = f"at least 2 * gradient_accumulation_steps={least} with mixup or cutmix"
             self._require(self.train_batch_size >= least, "train_batch_size", must)
+            self._require(not self.contrastive, "contrastive", "False with mixup or cutmix, which mix the classes")
         if self.augment in ("none", "flip"):
             self._require(self.resized_crop == 0, "resized_crop", f"0 with augment={self.augment!r}")
         given = "std" if self.mean else "mean"
         self._require(bool(self.mean) == bool(self.std), given, f"given with {'mean' if self.mean else 'std'}")
         if self.balanced_sampling:
             self._require(self.class_weights == "none", "class_weights", "none with balanced_sampling=True")
+            self._require(self.images_per_class == 0, "images_per_class", "0 with balanced_sampling=True")
+        if self.images_per_class:
+            groups = self.images_per_class * self.gradient_accumulation_steps
+            must = f"a multiple of images_per_class * gradient_accumulation_steps={groups}"
+            self._require(self.train_batch_size % groups == 0, "train_batch_size", must)
+
+    def _check_model(self) -> None:
+        selects = self.feature_fusion and self.head == "ffvt"
+        must = "maws without feature_fusion, and with head=transfg: nothing reads another"
+        self._require(self.criterion == "maws" or selects, "criterion", must)
+        self._require(self.keep_rate == 1 or self.head == "ffvt", "keep_rate", "1 with head=transfg")
 
     def _check_limits(self, declared: Field) -> None:
         name, value, facts = declared.name, getattr(self, declared.name), declared.metadata
-        if facts["count"]:
-            self._require(_are_numbers(value, facts["count"]), name, f"{facts['count']} numbers, or empty")
+        if facts["count"] == "+":
+            self._require(isinstance(value, tuple) and value and all(map(is_integer, value)), name, "integers")
+        elif facts["count"]:
+            self._require(are_numbers(value, facts["count"]), name, f"{facts['count']} numbers, or empty")
         for one in value if facts["count"] else (value,):
             if isinstance(one, float):
                 self._require(math.isfinite(one), name, "finite")
             for kind, limit in facts["limits"].items() if one is not None else ():
-                holds, must = _limit(kind, limit, one)
+                holds, must = keeps_limit(kind, limit, one)
                 self._require(holds, name, must)
 
     def _require(self, holds: bool, name: str, must: str) -> None:
@@ -299,8 +346,11 @@ class TrainOptions:
         return "fp16" if self.fp16 else self.precision
 
     def model_fields(self, num_classes: int) -> dict[str, Any]:
-        """The fields of `FFVTConfig` that these options set, beside the preset `model_type`."""
+        """The fields of `FFVTConfig` that these options set, beside the preset `model_type`; of those that a model of
+        timm may lack, the ones that are not at their default."""
+        defaults = {declared.name: declared.default for declared in fields(self)}
         given = {name: getattr(self, name) for name in MODEL_OVERRIDES if getattr(self, name) is not None}
+        given |= {name: getattr(self, name) for name in MODEL_CHOICES if getattr(self, name) != defaults[name]}
         same = ("feature_fusion", "first_candidate", "dropout", "gradient_checkpointing")
         sizes = {"image_size": self.img_size, "num_classes": num_classes, "num_select": self.num_token}
         return {**given, **{name: getattr(self, name) for name in same}, **sizes}
@@ -315,33 +365,3 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-def _as_tuple(value: Any) -> Any:
-    """A list, as JSON and a command line give it, as the tuple that a field holds."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _are_numbers(value: Any, count: int) -> bool:
-    if not isinstance(value, tuple) or len(value) not in (0, count):
-        return False
-    return all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in value)
-
-
-def _limit(kind: str, limit: Any, value: Any) -> tuple[bool, str]:
-    """Whether a value keeps a limit of `option`, and what the limit says."""
-    if kind == "choices":
-        return value in limit, f"one of {', '.join(filter(None, limit))}"
-    if kind == "model":  # timm knows its names; it is asked when the data is opened, not for --help
-        near = get_close_matches(value, limit, 1)
-        hint = f" (near: {near[0]})" if near else ""
-        is_timm = re.fullmatch(r"timm:\S+", value) is not None
-        return value in limit or is_timm, f"one of {', '.join(limit)}, timm:NAME{hint}"
-    if kind == "at_least":
-        return value >= limit, f"at least {limit}"
-    if kind == "above":
-        return value > limit, "positive" if limit == 0 else f"above {limit}"
-    low, high = (float(end) for end in limit[1:-1].split(","))  # within
-    from_low = value >= low if limit[0] == "[" else value > low
-    to_high = value <= high if limit[-1] == "]" else value < high
-    return from_low and to_high, f"in {limit}"

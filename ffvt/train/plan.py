@@ -26,7 +26,9 @@ USABLE = 0.9  # of the memory: the rest is for kernels' scratch, what the alloca
 # Fraction of the matmul rate that a training step reaches, with what it computes twice: ViT-B/16 at 448, batch 4, bf16,
 # on 2 cores of an AMD EPYC. benchmarks/results: model.jsonl has 5.626 s a step (plain ViT: 7.770 s) and
 # maws_attention.jsonl 419.5 GFLOP/s of matmul; four images are 1647 (1799) GFLOP. In fp32 FFVT reaches 0.77.
-EFFICIENCY = {True: 0.70, False: 0.55}  # by feature_fusion
+# A TransFG's are counted as the plain ViT's, of which its blocks are.
+EFFICIENCY = {"ffvt": 0.70, "vit": 0.55, "transfg": 0.55}  # by the kind of model
+NAMES = {"ffvt": "FFVT", "transfg": "TransFG", "vit": "plain ViT"}
 MEASURED_ON = "ViT-B/16 at 448, bf16, 2 CPU cores; not measured on a GPU yet"
 MAX_BATCH = 1 << 20
 GRADIENTS = "gradients: of those there are at the peak, which is early in the backward"
@@ -80,7 +82,7 @@ def plan(
         ValueError: an argument does not hold, or not even one image fits; the message says what that needs.
         NotImplementedError: the hybrid.
     """
-    reached = EFFICIENCY[config.feature_fusion] if efficiency is None else efficiency
+    reached = EFFICIENCY[config.kind] if efficiency is None else efficiency
     require(0 < memory_bytes < math.inf, "plan", "memory_bytes", "positive", memory_bytes)
     require(0 < matmul_flops < math.inf, "plan", "matmul_flops", "positive", matmul_flops)
     require(0 < reached <= 1, "plan", "efficiency", "in (0, 1]", efficiency)
@@ -138,7 +140,8 @@ def describe_plan(
     num_classes: int = 200,
     json: bool = False,
 ) -> str:
-    """The plan of a run, trained as FFVT and, beside it, as the plain ViT of its size: a table for a terminal.
+    """The plan of a run, trained as FFVT (or TransFG) and, beside it, as the plain ViT of its size: a table for a
+    terminal.
 
     Args:
         options: those of the run; its device need not be here.
@@ -161,22 +164,28 @@ def describe_plan(
     must = "one of ours: memory and speed of timm's models are not predicted"
     require(not is_timm(options.model_type), "plan", "model_type", must, options.model_type)
     fields = options.model_fields(num_classes)
-    plain = make_config(options.model_type, **{**fields, "feature_fusion": False})
+    plain = make_config(options.model_type, **{**fields, "feature_fusion": False, "head": "ffvt"})
     is_counted = plain.backbone is None
     require(is_counted, "plan", "model_type", "a plain ViT's size: the hybrid is not counted", options.model_type)
     available = parse_bytes(memory) if memory else free_memory(torch.device(device))
     precision = options.autocast_precision
     rate = measure_matmul_flops(torch.device(device), dtype_of(precision)) if tflops is None else tflops * 1e12
     choices = (options.optimizer, precision, options.ema_decay > 0, efficiency, device)
+    other = {"head": "transfg"} if options.head == "transfg" else {"feature_fusion": True}
+    selects = options.feature_fusion or options.head == "transfg"
     plans: dict[bool, Plan | None] = {True: None, False: None}
-    for fused in (not options.feature_fusion, options.feature_fusion):  # one of the two may not fit, or be no FFVT
+    for selecting in (not selects, selects):  # one of the two may not fit, or be no FFVT
         try:
-            plans[fused] = plan(replace(plain, feature_fusion=fused), available, rate, *choices)
+            config = replace(plain, **other) if selecting else plain
+            plans[selecting] = plan(config, available, rate, *choices)
         except ValueError:
-            if fused == options.feature_fusion and not any(plans.values()):
+            if selecting == selects and not any(plans.values()):
                 raise
+    name = NAMES[options.head]
     if json:
-        return to_json({name: found and asdict(found) for name, found in zip(("ffvt", "plain_vit"), plans.values())})
+        return to_json(
+            {key: found and asdict(found) for key, found in zip((options.head, "plain_vit"), plans.values())}
+        )
     title = (
         f"{options.model_type} at {options.img_size} px, {precision}, {options.optimizer}, {device}, "
         f"{USABLE:.0%} of {available / 2**30:.1f} GiB; memory at the peak of a step"
@@ -185,12 +194,13 @@ def describe_plan(
     source = "measured here" if tflops is None else "given"
     reached = f"reached on {MEASURED_ON}" if efficiency is None else "given"
     basis = f"{fractions} of {rate / 1e12:.3g} TFLOP/s of matmul ({source}); fraction {reached}."
-    return f"{title}\n{_table(list(plans.values()), options)}\n{GRADIENTS}\nimages/s: {basis}"
+    return f"{title}\n{_table(list(plans.values()), name, options)}\n{GRADIENTS}\nimages/s: {basis}"
 
 
-def _table(plans: list[Plan | None], options: TrainOptions) -> str:
-    """The plans of an FFVT and of the plain ViT side by side, with the time that a run of so many steps takes."""
-    rows = [("", "FFVT", "plain ViT")]
+def _table(plans: list[Plan | None], name: str, options: TrainOptions) -> str:
+    """The plans of an FFVT or TransFG, the name, and of the plain ViT side by side, with the time that a run of so many
+    steps takes."""
+    rows = [("", name, NAMES["vit"])]
 
     def add(name: str, show: Callable[[Plan], str]) -> None:
         rows.append((name, *(show(found) if found else "-" for found in plans)))

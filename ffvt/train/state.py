@@ -122,7 +122,8 @@ class TrainState:
         for name in COUNTERS:
             setattr(self, name, plain[name])
         if self.world.is_main:  # the sums of all ranks are in one place
-            self.meter.sums.copy_(torch.tensor(plain["meter"], dtype=torch.float64))
+            found = torch.tensor(plain["meter"], dtype=torch.float64)  # older versions had fewer sums
+            self.meter.sums[: len(found)] = found.to(self.meter.sums)
         self.last, self.best = (Score.from_summary(plain[name]) if plain[name] else None for name in ("last", "best"))
         self._restore_generators(plain, tensors)
 
@@ -152,21 +153,29 @@ class TrainState:
 
 
 class Meter:
-    """Sums since the last line of the log, on the device: loss, images correct, images, gradient norm, steps."""
+    """Sums since the last line of the log, on the device: loss, images correct, images, gradient norm, steps, and the
+    contrastive part of the loss."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, correct: Tensor, images: int, norm: Tensor) -> None:
-        """One step of this rank: its mean loss, how many of its images were correct, the norm of the mean gradient."""
+    @property
+    def steps(self) -> int:
+        """How many steps were added."""
+        return int(self.sums[4])
+
+    def add(self, loss: Tensor, correct: Tensor, images: int, norm: Tensor, contrast: Tensor) -> None:
+        """One step of this rank: its mean loss, how many of its images were correct, the norm of the mean gradient, and
+        the contrastive part of the loss."""
         counts = torch.tensor([images, 1.0], dtype=torch.float64, device=loss.device)
-        self.sums += torch.stack([loss.double(), correct.double(), counts[0], norm.double(), counts[1]])
+        own = [loss.double(), correct.double(), counts[0], norm.double(), counts[1], contrast.double()]
+        self.sums += torch.stack(own)
 
-    def take(self, world: World) -> tuple[float, float, float]:
-        """Mean loss, fraction correct and mean gradient norm over all ranks; starts anew."""
-        loss, correct, images, norm, steps = world.sum(self.sums.clone()).tolist()
+    def take(self, world: World) -> tuple[float, float, float, float]:
+        """Mean loss, fraction correct, mean gradient norm and mean contrastive loss over all ranks; starts anew."""
+        loss, correct, images, norm, steps, contrast = world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
-        return loss / steps, correct / images, norm / steps
+        return loss / steps, correct / images, norm / steps, contrast / steps
 
 
 def build_model(options: TrainOptions, num_classes: int, with_weights: bool = True) -> nn.Module:

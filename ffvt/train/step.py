@@ -16,6 +16,7 @@ from ffvt.data.mixing import Mixing
 from ffvt.data.sampling import TrainingBatch, mix
 from ffvt.data.transforms import Recipe, augment, erase
 from ffvt.precision import autocast
+from ffvt.train.contrastive import contrastive_loss_of_all
 from ffvt.train.distributed import gradients_stay_local
 from ffvt.train.state import TrainState
 
@@ -62,6 +63,8 @@ def training_step(
 ) -> StepResult:
     """One step on this rank's batch, in `gradient_accumulation_steps` parts.
 
+    The contrastive loss is over the pairs of a part's images, of all ranks.
+
     A step with an inf or a NaN in the loss or the gradients of any rank changes no weight and does not advance the
     schedule; in fp16 it halves the loss scale.
 
@@ -75,15 +78,19 @@ def training_step(
     options, world = state.options, state.world
     parts, count = options.gradient_accumulation_steps, len(batch.label)
     loss = torch.zeros((), device=world.device)
-    correct = torch.zeros((), device=world.device)
+    correct, contrast = torch.zeros_like(loss), torch.zeros_like(loss)
     place = state.samples + world.rank * count  # of the part's first image in the training stream
     for part, (images, labels, *draws) in enumerate(_split(batch, parts, world.device), start=1):
         with nullcontext() if part == parts else gradients_stay_local(state.parallel):
             # Seeded by place, so that what is mixed depends neither on the number of ranks nor on a resume.
             pixels, targets = prepare.mix(prepare(images, *draws), labels, mix(options.seed, place, -4))
             with autocast(world.device, options.autocast_precision):
-                logits = state.parallel(pixels)
+                logits, features = _outputs(state, pixels)
             part_loss = batch_loss(logits, targets, options.smoothing_value, class_weights) / parts
+            if features is not None:
+                part_contrast = contrastive_loss_of_all(features, targets, world) / parts
+                part_loss = part_loss + part_contrast
+                contrast += part_contrast.detach()
             state.scaler.scale(part_loss).backward()
         loss += part_loss.detach()
         correct += count_correct(logits.detach(), targets)
@@ -97,7 +104,7 @@ def training_step(
         state.scheduler.step()
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        state.meter.add(loss, correct, count, norm)
+        state.meter.add(loss, correct, count, norm, contrast)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -105,6 +112,11 @@ def training_step(
     state.skipped += skip
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skip else 0
     return StepResult(loss, norm, skip, stop)
+
+
+def _outputs(state: TrainState, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, num_classes), and with the contrastive loss what the head saw, (B, C)."""
+    return state.parallel(pixels, need_features=True) if state.options.contrastive else (state.parallel(pixels), None)
 
 
 def _split(batch: TrainingBatch, parts: int, device: torch.device) -> Iterator[tuple[Tensor | None, ...]]:

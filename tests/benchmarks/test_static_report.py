@@ -85,7 +85,7 @@ def test_the_representative_rows_are_one_per_kernel_dtype_and_target():
     counts = Counter((job.name, job.dtype, job.architecture) for job in rows)
     for target in ("sm_80", "sm_90", "gfx942"):
         for name in static_jobs.KERNELS:
-            for dtype in ("fp32",) if name == "select" else ("fp16", "bf16", "fp32"):
+            for dtype in ("fp32",) if name in ("select", "class_lines") else ("fp16", "bf16", "fp32"):
                 launches = 2 if (name, dtype) == ("key_gradient", "fp32") else 1
                 assert counts.pop((name, dtype, target)) == launches
     assert not counts
@@ -99,6 +99,15 @@ def test_a_row_has_changed_where_its_source_or_configuration_is_not_as_recorded(
     assert static_jobs.changed(jobs, recorded) == []
     recorded[7][field] = "another"
     assert static_jobs.changed(jobs, recorded) == [jobs[7]]
+
+
+def test_an_update_keeps_what_is_still_shipped_in_the_order_of_the_jobs():
+    jobs = list(static_jobs.jobs())[:20]
+    shipped = [json.loads(json.dumps(job.to_dict())) for job in jobs]
+    records = [*reversed(shipped), {**shipped[3], "source": "another"}]
+    assert static_jobs.of_jobs(jobs, records) == shipped
+    with pytest.raises(KeyError):
+        static_jobs.of_jobs(jobs, shipped[1:])
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from ffvt.data.datasets import recipe_for
+from ffvt.data.grouping import GroupSampler
 from ffvt.data.mixing import Mixing
 from ffvt.data.sampling import BalancedSampler, TrainingView, class_counts, class_weights
 from ffvt.data.transforms import AUGMENTATIONS, PLAIN, Recipe, augmented, erase, normalize, random_view
+from ffvt.train.contrastive import contrastive_loss
 from ffvt.train.flags import parse_training_flags
 from ffvt.train.options import TrainOptions
 from ffvt.train.step import batch_loss
@@ -119,6 +121,24 @@ def balanced_at_an_absurd_position() -> bool:
     return sorted(index >= 90 for _, index in next(iter(sampler))) == [False, False, True, True]
 
 
+def groups_at_an_absurd_position() -> bool:
+    sampler = GroupSampler([0] * 90 + [1] * 10, "ab", 2, 4, 1, seed=1, start=10**15)
+    return sorted(index >= 90 for _, index in next(iter(sampler))) == [False, False, True, True]
+
+
+def groups_of_more_images_than_a_class_has() -> bool:
+    """One image a class: it comes again and again, under another key each time."""
+    keys = next(iter(GroupSampler([0, 1], "ab", 50, 100, 1, seed=1)))
+    return len(set(keys)) == 100 and sorted(index for _, index in keys) == [0] * 50 + [1] * 50
+
+
+def pairs_of_features_of_zero_are_finite() -> bool:
+    features = torch.zeros(3, 5, requires_grad=True)
+    loss = contrastive_loss(features, torch.tensor([0, 0, 1]))
+    loss.backward()
+    return bool(loss.isfinite() & features.grad.isfinite().all())
+
+
 def more_classes_than_a_batch_holds() -> bool:
     labels = [label for label in range(500) for _ in range(2)]
     drawn = [
@@ -199,9 +219,14 @@ MESSAGES = [  # what is done; how; what the message must say
     ("no images at all, balanced", lambda: BalancedSampler([], ["only"], 1, 1, 0), "none of 'only'"),
     ("control characters in an empty class", lambda: class_counts([0], ["a", "\x1b[2J\n"], "class_weights"), "\\x1b"),
     ("an empty class of an endless name", lambda: class_counts([0], ["a", "x" * 10**6], "class_weights"), "xxx"),
+    ("a class without images, grouped", lambda: GroupSampler([0, 2], "abc", 1, 1, 1, 0), "none of 'b'"),
+    ("more groups than classes", lambda: GroupSampler([0, 1], "ab", 1, 3, 1, 0), "images_per_class=1"),
     ("pictures of which none can be read", lambda: TrainingView(Nothing(), 32, 0)[0, 0], "10 in a row are not"),
 ]
 CLAIMS = [
+    ("groups after 10**15 images", groups_at_an_absurd_position),
+    ("groups of more images than there are", groups_of_more_images_than_a_class_has),
+    ("features of zero", pairs_of_features_of_zero_are_finite),
     ("pictures as small as the view", smallest_picture_under_every_augmentation),
     ("pictures of one pixel", one_pixel_under_every_augmentation),
     ("erasing one pixel", erasing_a_view_of_one_pixel),

@@ -22,6 +22,8 @@ LIMITS = {
 Q, LINE = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
 X, INDEX = torch.zeros(1, 3, 4), torch.zeros(1, 2, dtype=torch.int64)
 CALLS = {
+    "attention_stats_forward": (Q, Q, Q, 0.5),
+    "attention_vecmat_forward": (LINE, Q, Q, None, 0.5),
     "maws_attention_forward": (Q, Q, Q, 2, 0.5, 0),
     "maws_attention_backward": (Q, Q, Q, Q, Q, LINE, LINE, 0.5, tuple(torch.empty_like(Q) for _ in range(3))),
     "maws_select_forward": (Q, Q, 2, 0.5, 0),
@@ -56,7 +58,7 @@ def test_without_a_gpu_and_the_interpreter_triton_says_why():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors lie on the CPU, for Triton's interpreter")
 @pytest.mark.parametrize(("name", "arguments"), CALLS.items(), ids=CALLS)
-def test_every_kernel_is_launched_with_the_device_of_its_first_tensor_as_the_current_one(monkeypatch, name, arguments):
+def test_every_kernel_is_launched_with_the_device_of_its_tensors_as_the_current_one(monkeypatch, name, arguments):
     """Triton launches on the current device; `ffvt.use_backend` on a machine of several GPUs relies on this."""
     from triton.runtime.interpreter import GridExecutor
 
@@ -69,7 +71,7 @@ def test_every_kernel_is_launched_with_the_device_of_its_first_tensor_as_the_cur
         entered.remove(tensor)
 
     def launch(*given, **named):
-        launched.append([tensor is arguments[0] for tensor in entered])
+        launched.append([any(tensor is given for given in arguments) for tensor in entered])
         return run(*given, **named)
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)

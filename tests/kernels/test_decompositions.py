@@ -20,7 +20,9 @@ def decomposed(operator, *arguments):
 
 
 def test_the_table_has_every_operator_that_a_forward_calls():
-    forwards = {name for name in dir(OPERATORS) if name.startswith(("maws", "gather")) and "backward" not in name}
+    forwards = {
+        name for name in dir(OPERATORS) if name.startswith(("maws", "attention", "gather")) and "backward" not in name
+    }
     assert {operator.name().removeprefix("ffvt::") for operator in ffvt.decompositions()} == forwards
 
 
@@ -69,19 +71,19 @@ def test_the_scale_is_one_over_the_root_of_the_width_by_default():
     ids=["zeros", "subnormal", "equal", "NaN", "one bit apart", "many ties"],
 )
 def test_ties_go_to_the_lower_index_and_nan_ranks_last(score, first):
-    from ffvt.kernels.decompositions import _select_top
+    from ffvt.kernels.decompositions import select_top
 
     count = score.shape[1] - first
-    assert torch.equal(_select_top(score, count, first), reference.select_top(score, count, first))
+    assert torch.equal(select_top(score, count, first), reference.select_top(score, count, first))
 
 
 def test_neighbouring_scores_keep_their_order_at_any_position():
-    from ffvt.kernels.decompositions import _select_top
+    from ffvt.kernels.decompositions import select_top
 
     low = torch.tensor(0.7)
     score = torch.full((1, 4097), 0.7)
     score[0, -1] = torch.nextafter(low, torch.tensor(1.0))
-    assert _select_top(score, 2, 0).tolist() == [[4096, 0]]
+    assert select_top(score, 2, 0).tolist() == [[4096, 0]]
 
 
 def test_gather_takes_rows():

@@ -21,37 +21,66 @@ def run(qkv, upstream):
     return out, index, score, torch.autograd.grad(out, qkv, upstream)[0]
 
 
+def statistics(qkv, upstream):
+    """attention_stats, and attention_vecmat of weights of both signs, with the lse of these and without."""
+    q, k, v = qkv.unbind(2)
+    out, stats = ffvt.attention_stats(q, k, v)
+    weights = upstream[..., 0].transpose(1, 2).float()
+    products = [ffvt.attention_vecmat(weights, q, k, lse) for lse in (stats.lse, None)]
+    return out, *stats, *products
+
+
+BOTH = pytest.mark.parametrize("function", [run, statistics])
+
+
 def test_the_kernels_are_the_automatic_choice():
     assert ffvt.info()["devices"]["cuda"]["serves"] == "triton"
 
 
+@BOTH
 @DTYPES
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
-def test_250_runs_are_equal_to_the_bit(dtype, head_dim):
+def test_250_runs_are_equal_to_the_bit(dtype, head_dim, function):
     qkv = packed(2, 577, 4, head_dim, dtype)
     upstream = torch.randn(2, 577, 4, head_dim, device="cuda", dtype=dtype)
-    first = run(qkv, upstream)
+    first = function(qkv, upstream)
     for _ in range(250):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(qkv, upstream)))
+        assert all(torch.equal(a, b) for a, b in zip(first, function(qkv, upstream)))
 
 
-def test_a_cuda_graph_replays_on_new_inputs():
+@DTYPES
+@pytest.mark.parametrize(("tokens", "head_dim"), [(2, 64), (197, 16), (197, 33), (577, 64), (785, 80), (130, 128)])
+def test_the_statistics_are_those_of_the_reference_in_fp64(dtype, tokens, head_dim):
+    qkv = packed(2, tokens, 3, head_dim, dtype)
+    upstream = torch.randn(2, tokens, 3, head_dim, device="cuda", dtype=dtype)
+    _, *lines, with_lse, without_lse = statistics(qkv, upstream)
+    q, k, v = qkv.detach().double().unbind(2)
+    for found, expected in zip(lines, ffvt.reference.attention_stats(q, k, v)[1]):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-6)
+    weights = upstream[..., 0].transpose(1, 2).float()
+    expected, magnitude = (ffvt.reference.attention_vecmat(w, q, k).double() for w in (weights, weights.abs()))
+    for found in (with_lse, without_lse):
+        assert ((found.double() - expected).abs() - 1e-4 * magnitude).max() <= 0
+
+
+@BOTH
+def test_a_cuda_graph_replays_on_new_inputs(function):
     qkv = packed(2, 197, 3, 64)
     upstream = torch.randn(2, 197, 3, 64, device="cuda", dtype=qkv.dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            run(qkv, upstream)
+            function(qkv, upstream)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        results = run(qkv, upstream)
+        results = function(qkv, upstream)
     with torch.no_grad():
         qkv.copy_(torch.randn_like(qkv))
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(results, run(qkv, upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(results, function(qkv, upstream)))
 
 
 def test_compiles_in_one_graph():
@@ -113,17 +142,18 @@ def test_the_second_gpu_or_stream_is_respected():
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(other, expected))
 
 
-def test_no_map_of_n_by_n_exists():
-    """Growth of a forward and backward at N = 4,097 over the results themselves: at most 4 fp32 arrays (B, H, N)."""
+@pytest.mark.parametrize(("function", "lines"), [(run, 4), (statistics, 8)])
+def test_no_map_of_n_by_n_exists(function, lines):
+    """Growth of a call at N = 4,097 over the results themselves: a few fp32 arrays (B, H, N)."""
     batch, tokens, heads, head_dim = 1, 4097, 4, 64
     qkv = packed(batch, tokens, heads, head_dim)
     upstream = torch.randn(batch, tokens, heads, head_dim, device="cuda", dtype=qkv.dtype)
-    run(qkv, upstream)
+    function(qkv, upstream)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    results = run(qkv, upstream)
+    results = function(qkv, upstream)
     torch.cuda.synchronize()
     kept = sum(t.numel() * t.element_size() for t in results)
     line = 4 * batch * heads * tokens
-    assert torch.cuda.max_memory_allocated() - held - kept <= 4 * line + 2**16
+    assert torch.cuda.max_memory_allocated() - held - kept <= lines * line + 2**16

@@ -37,8 +37,19 @@ def test_a_new_number_of_tokens_or_picks_compiles_no_selection_below_the_next_po
     assert len(selections) == 1
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "block", "warps"),
+    [(1, 16, 1), (17, 32, 1), (257, 512, 2), (785, 1024, 4), (1024, 1024, 4), (4097, 8192, 16), (8192, 8192, 16)],
+)
+def test_a_head_s_lines_lie_in_one_program(num_tokens, block, warps):
+    assert tuning.lines_config(num_tokens) == tuning.Config({"BLOCK": block}, {"num_warps": warps})
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 32, 33, 34, 64, 65])
-@pytest.mark.parametrize(("kernel", "tile"), [("forward", 32), ("query_gradient", 32), ("key_gradient", 16)])
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [("forward", 32), ("query_gradient", 32), ("log_sum_exp", 32), ("key_gradient", 16), ("vecmat", 16)],
+)
 def test_the_grid_covers_every_patch_once_and_each_class_token(kernel, tile, num_tokens):
     programs = tuning.tiling_config(kernel, SMALL).grid(num_tokens, 3)
     assert programs == (3 * (math.ceil((num_tokens - 1) / tile) + 1),)

@@ -239,9 +239,9 @@ def test_names_do_not_depend_on_pruning():
 def test_the_configuration_names_the_class():
     assert type(tiny_model()) is ffvt.FFVT
     assert type(tiny_model(feature_fusion=False)) is ffvt.ViT
-    with pytest.raises(ValueError, match="^FFVT: feature_fusion must be True .*; got feature_fusion=False"):
+    with pytest.raises(ValueError, match="^FFVT: kind must be 'ffvt' .*; got kind='vit'"):
         ffvt.FFVT(FFVTConfig(feature_fusion=False))
-    with pytest.raises(ValueError, match="^ViT: feature_fusion must be False .*; got feature_fusion=True"):
+    with pytest.raises(ValueError, match="^ViT: kind must be 'vit' .*; got kind='ffvt'"):
         ffvt.ViT(make_config("vit_s16"))
 
 

@@ -471,9 +471,9 @@ def test_a_source_of_another_depth_is_named():
 def test_the_configuration_names_the_class(kind):
     assert type(tiny_transfg()) is ffvt.TransFG
     assert type(tiny_transfg(feature_fusion=False)) is ffvt.TransFG
-    with pytest.raises(ValueError, match="config must be a configuration of the kind"):
+    with pytest.raises(ValueError, match="kind must be"):
         kind(FFVTConfig(head="transfg"))
-    with pytest.raises(ValueError, match="^TransFG: config must be a configuration of the kind 'transfg'"):
+    with pytest.raises(ValueError, match="^TransFG: kind must be 'transfg'"):
         ffvt.TransFG(FFVTConfig())
 
 

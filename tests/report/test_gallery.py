@@ -188,7 +188,9 @@ def test_images_are_looked_at_only_as_far_ahead_as_they_are_needed(run):
 
 def test_what_is_no_patch_is_told_as_that_where_there_are_registers(run):
     classifier = SimpleNamespace(classes=CLASSES, model=SimpleNamespace(config=SimpleNamespace()))
-    classifier.model.config = SimpleNamespace(grid_size=4, num_prefix_tokens=5, first_candidate=0, num_select=2)
+    classifier.model.config = SimpleNamespace(
+        grid_size=4, image_size=64, num_prefix_tokens=5, first_candidate=0, num_select=2
+    )
     found = Shown("1.png", Image.new("RGB", (8, 8)), (0, 0, 1, 1), [("crow", 0.5)], None, torch.tensor([[0, 1]]))
     gallery = Gallery(classifier, "run")
     gallery.add(found)

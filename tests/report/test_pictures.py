@@ -4,6 +4,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
+from ffvt.report.picks import PatchGrid
 from ffvt.report.pictures import ACCENT, DIMMED, MARK, hit_rate_bars, selection_grid, training_curve
 
 
@@ -26,7 +27,7 @@ def test_every_layer_has_a_bar_and_random_picks_a_line():
 def test_picked_patches_are_framed_and_the_rest_is_dimmed():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     index = torch.tensor([[[1, 4], [0, 2]]])  # one image, two layers, 2 x 2 patches of 4 pixels
-    figure = selection_grid([image], index, 4, [("a bird", True)], [(1, 2, 3, 4)])
+    figure = selection_grid([image], index, PatchGrid(2, 4, 4, 8), [("a bird", True)], [(1, 2, 3, 4)])
     first, *layers = figure.axes
     assert first.get_title() == "a bird"
     assert [to_hex(frame.get_edgecolor()) for frame in first.patches] == [MARK]
@@ -34,7 +35,7 @@ def test_picked_patches_are_framed_and_the_rest_is_dimmed():
     frames = [[frame.get_xy() for frame in axes.patches] for axes in layers]
     assert frames == [[(-0.5, -0.5), (3.5, 3.5)], [(3.5, -0.5)]]
     assert {to_hex(frame.get_edgecolor()) for axes in layers for frame in axes.patches} == {ACCENT}
-    other = selection_grid([image], index, 4, [("a bird", True)], other="no patch").axes[2]
+    other = selection_grid([image], index, PatchGrid(2, 4, 4, 8), [("a bird", True)], other="no patch").axes[2]
     assert other.get_title() == "layer 2 + no patch"
     shown = layers[1].images[0].get_array()
     assert (shown[:4, 4:] == 200).all()

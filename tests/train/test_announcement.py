@@ -2,7 +2,7 @@
 
 import pytest
 
-from ffvt.train.announcement import advice
+from ffvt.train.announcement import advice, kind_of
 from ffvt.train.options import TrainOptions
 
 
@@ -18,6 +18,23 @@ from ffvt.train.options import TrainOptions
 def test_options_that_look_like_mistakes_are_named(changes, images, said):
     (line,) = advice(TrainOptions(**changes), images)
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "plain ViT (no --feature_fusion)"),
+        ({"feature_fusion": True}, "FFVT, 12 tokens picked by each block"),
+        ({"feature_fusion": True, "criterion": "vote:12"}, "FFVT, 12 tokens picked by each block by vote:12"),
+        (
+            {"head": "transfg", "patch_stride": 12, "contrastive": True},
+            "TransFG, a part picked by each head, patches 12 pixels apart, contrastive loss",
+        ),
+        ({"keep_rate": 0.7}, "plain ViT (no --feature_fusion), 70% of the patches kept after blocks 3, 6, 9"),
+    ],
+)
+def test_the_kind_of_model_is_told(changes, said):
+    assert kind_of(TrainOptions(**changes)) == said
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,8 @@ def test_a_box_is_found_in_the_middle_crop():
 
     sample = EvaluationView(Boxed([0]), 64, grid_size=4)[0]
     assert sample.on_object.nonzero().flatten().tolist() == [1 + 2, 1 + 4 + 2]  # third column, rows 0 and 1
+    sample = EvaluationView(Boxed([0]), 64, grid_size=5, overlap=(16, 12))[0]  # the third from 24 to 40
+    assert sample.on_object.nonzero().flatten().tolist() == [1 + 2, 1 + 5 + 2]
 
 
 def test_a_score_survives_json():

@@ -18,6 +18,18 @@ from tests.helpers import MODEL_VARIANTS, batch_of, named, small_config
 
 CPU = torch.device("cpu")
 
+TRANSFG = {"head": "transfg"}
+OBSERVED_VARIANTS = [
+    {"criterion": "class_row"},
+    {"criterion": "psm", "gradient_checkpointing": True},
+    TRANSFG,
+    TRANSFG | {"prune_dead_rows": False, "patch_stride": 12},
+    TRANSFG | {"gradient_checkpointing": True},
+    {"keep_rate": 0.6, "locations": (0, 1)},
+    {"keep_rate": 0.6, "locations": (1,), "gradient_checkpointing": True},
+    {"keep_rate": 0.6, "locations": (0, 2), "feature_fusion": False},
+]
+
 
 def bytes_kept_by_autograd(config, batch, precision):
     """Of the distinct memory that a forward hands to autograd, parameters left out."""
@@ -39,7 +51,7 @@ def bytes_kept_by_autograd(config, batch, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("changes", MODEL_VARIANTS, ids=named)
+@pytest.mark.parametrize("changes", [*MODEL_VARIANTS, *OBSERVED_VARIANTS], ids=named)
 def test_saved_activations_are_those_that_autograd_keeps_to_the_byte(changes, precision):
     config = small_config(**changes)
     kept = bytes_kept_by_autograd(config, 3, precision)
@@ -92,6 +104,10 @@ def measured_peak(state, batch):
         (8, {"gradient_checkpointing": True, "precision": "bf16"}, 0.015),
         pytest.param(8, {"gradient_checkpointing": True}, 0.015, marks=pytest.mark.slow),
         pytest.param(4, {"img_size": 384, "resize_size": 384, "depth": 4}, 0.01, marks=pytest.mark.slow),
+        (4, TRANSFG, 0.01),
+        (4, {**TRANSFG, "gradient_checkpointing": True, "precision": "bf16"}, 0.03),
+        (4, {"criterion": "psm", "precision": "bf16"}, 0.01),
+        (4, {"keep_rate": 0.5, "locations": (1, 3)}, 0.02),
         (1, {}, 0.04),  # the scratch of the patch embedding's backward, 5 MiB, shows
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else str(value),

@@ -8,9 +8,10 @@ import pytest
 
 from ffvt.cli import make_parser
 from ffvt.data import transforms
+from ffvt.model.config import make_config
 from ffvt.train.flags import add_training_flags, parse_training_flags
 from ffvt.train.memory import OPTIMIZER_TENSORS
-from ffvt.train.options import AUGMENTATIONS, OPTIMIZERS, TrainOptions
+from ffvt.train.options import AUGMENTATIONS, MODEL_CHOICES, OPTIMIZERS, TrainOptions
 from tests.helpers import AUTHORS_COMMANDS, flags
 
 
@@ -79,6 +80,23 @@ def test_bad_options_end_with_a_usage_message(arguments, message, capsys):
         ({"mean": (0.5, 0.5)}, r"train: mean must be 3 numbers, or empty; got mean=\(0.5, 0.5\)"),
         ({"mean": (0.5,) * 3}, r"train: std must be given with mean; got std=\(\)"),
         ({"class_weights": "sqrt", "balanced_sampling": True}, ".* none with balanced_sampling=True; got .*='sqrt'"),
+        (
+            {"images_per_class": 2, "balanced_sampling": True},
+            ".* 0 with balanced_sampling=True; got images_per_class=2",
+        ),
+        ({"images_per_class": 3}, ".* a multiple of .*_steps=3; got train_batch_size=8"),
+        ({"images_per_class": 4, "gradient_accumulation_steps": 4}, ".* a multiple of .*=16; got train_batch_size=8"),
+        ({"images_per_class": -1}, "train: images_per_class must be at least 0; got images_per_class=-1"),
+        ({"contrastive": True, "mixup": 0.2}, "train: contrastive must be False with mixup .*; got contrastive=True"),
+        ({"contrastive": True, "cutmix": 1.0}, "train: contrastive must be False with mixup .*; got contrastive=True"),
+        ({"criterion": "vote"}, "train: criterion must be maws without feature_fusion, .*; got criterion='vote'"),
+        ({"criterion": "vote", "head": "transfg", "feature_fusion": True}, "train: criterion must be maws .*"),
+        ({"head": "linear"}, "train: head must be one of ffvt, transfg; got head='linear'"),
+        ({"keep_rate": 0.0}, r"train: keep_rate must be in \(0, 1\]; got keep_rate=0.0"),
+        ({"keep_rate": 0.5, "head": "transfg"}, "train: keep_rate must be 1 with head=transfg; got keep_rate=0.5"),
+        ({"locations": ()}, r"train: locations must be integers; got locations=\(\)"),
+        ({"locations": (1.5,)}, r"train: locations must be integers; got locations=\(1.5,\)"),
+        ({"patch_stride": 0}, "train: patch_stride must be at least 1; got patch_stride=0"),
     ],
 )
 def test_options_made_in_python_are_held_to_the_same_bounds(changes, message):
@@ -108,6 +126,11 @@ def test_options_survive_the_way_through_their_flags():
     assert options.std == (0.5, 0.25, 1.0)
     assert TrainOptions(**json.loads(json.dumps(options.to_dict()))) == options
     assert parse_training_flags(flags(options)) == options
+    options = TrainOptions(
+        feature_fusion=True, criterion="vote:12", patch_stride=12, keep_rate=0.7, locations=(2, 5, 8, 10)
+    )
+    assert TrainOptions(**json.loads(json.dumps(options.to_dict()))) == options
+    assert parse_training_flags(flags(options)) == options
 
 
 def test_plan_takes_trains_flags_with_trains_defaults():
@@ -124,6 +147,15 @@ def test_the_help_is_grouped_by_topic_and_marks_the_authors_flags():
         assert f"{topic}:" in shown
     assert "peak learning rate (authors') (default: 0.03)" in shown
     assert "optimiser: sgd, adamw (default: sgd)" in shown
+
+
+def test_fields_that_a_model_of_timm_may_lack_are_given_only_where_they_are_not_the_default():
+    assert not set(MODEL_CHOICES) & set(TrainOptions().model_fields(10))
+    changes = {"criterion": "ats", "keep_rate": 0.7, "locations": (1,), "patch_stride": 12}
+    fields_given = TrainOptions(feature_fusion=True, **changes).model_fields(10)
+    assert {name: fields_given.get(name) for name in changes} == changes
+    config = make_config("vit_s16", **TrainOptions(model_type="vit_s16", head="transfg").model_fields(10))
+    assert config.kind == "transfg"
 
 
 def test_choices_are_those_of_the_code_that_takes_them():

@@ -49,7 +49,7 @@ def test_images_per_second_are_the_share_of_the_matmul_rate():
     config = make_config("ViT-B_16")
     flops = flops_per_image(config, training=True, recomputation=True)
     assert plan(config, 24 * GIB, RATE, efficiency=0.5).images_per_second == pytest.approx(0.5 * RATE / flops)
-    assert plan(config, 24 * GIB, RATE).efficiency == EFFICIENCY[True]
+    assert plan(config, 24 * GIB, RATE).efficiency == EFFICIENCY["ffvt"]
     saving = plan(make_config("ViT-B_16", gradient_checkpointing=True), 24 * GIB, RATE)
     slower = saving.images_per_second / plan(config, 24 * GIB, RATE).images_per_second
     assert 0.74 < slower < 0.77  # the forward is computed again
@@ -116,6 +116,19 @@ def test_the_command_prints_json(capsys):
     assert shown["ffvt"]["batch_size"] > shown["plain_vit"]["batch_size"] > 1
     assert shown["ffvt"]["memory"]["activations"] > 2**30
     assert shown["plain_vit"]["efficiency"] == 0.5
+
+
+def test_the_command_plans_transfg_beside_the_plain_model(capsys):
+    flags = ["--head", "transfg", "--patch_stride", "12", "--memory", "8GiB", "--device", "cpu"]
+    assert planned(*flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    config = make_config("vit_s16", image_size=224, head="transfg", patch_stride=12)
+    expected = plan(config, 8 * GIB, RATE)
+    assert found["transfg"]["batch_size"] == expected.batch_size
+    assert found["transfg"]["efficiency"] == EFFICIENCY["transfg"]
+    assert found["transfg"]["flops_per_image"] == expected.flops_per_image != found["plain_vit"]["flops_per_image"]
+    assert planned(*flags) == 0
+    assert f"{'':<38}{'TransFG':>10}{'plain ViT':>12}" in capsys.readouterr().out
 
 
 def test_the_command_plans_ffvt_where_the_plain_model_does_not_fit(capsys):

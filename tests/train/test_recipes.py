@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ffvt.cli import main
+from ffvt.model.registry import config_of
 from ffvt.report.demo import RECIPE
 from ffvt.train.flags import parse_training_flags
 from ffvt.train.recipes import RECIPES
@@ -87,6 +88,42 @@ def test_recipes_are_the_authors_commands(name):
         free["dataset"] = "dog"  # printed as CUB
     assert ours == replace(theirs, **free)
     assert "Accuracy:" in (FOLDER / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "rate", "side", "augment"),
+    [
+        ("transfg_cub", "CUB", 0.03, 448, "crop"),
+        ("transfg_cars", "car", 0.03, 448, ""),  # the data set's own: AutoAugment
+        ("transfg_dogs", "dog", 0.003, 448, "crop"),
+        ("transfg_nabirds", "nabirds", 0.03, 448, "crop"),
+        ("transfg_inat2017", "inat2017", 0.01, 304, ""),
+    ],
+)
+def test_the_recipes_of_transfg_are_its_authors_settings(name, dataset, rate, side, augment):
+    options = parse_training_flags(["--recipe", name])
+    assert (options.name, options.dataset, options.learning_rate, options.img_size) == (name, dataset, rate, side)
+    assert (options.augment, options.resize_size) == (augment, {448: 600, 304: 400}[side])
+    config = config_of(options.model_type, **options.model_fields(7))
+    assert (config.kind, config.patch_stride, config.grid_size) == ("transfg", 12, {448: 37, 304: 25}[side])
+    assert options.contrastive
+    schedule = (options.train_batch_size, options.num_steps, options.warmup_steps, options.decay_type)
+    assert schedule == (16, 10000, 500, "cosine")
+    assert "Accuracy:" in (FOLDER / f"{name}.py").read_text()
+    assert RECIPES[name].known.split(", ")[1].split(" %")[0] in (FOLDER / f"{name}.py").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CUB", "car", "dog", "nabirds", "inat2017"])
+def test_transfg_trains_on_every_set_of_its_recipes(name, tmp_path):
+    data_root = LAYOUT_WRITERS[name](tmp_path / "data")
+    recipe = {"CUB": "cub", "car": "cars", "dog": "dogs"}.get(name, name)
+    small = flags({**NARROW, "num_steps": 2, "img_size": 64, "resize_size": 80, "train_batch_size": 2})
+    command = ["train", "--recipe", f"transfg_{recipe}", *small, "--data_root", str(data_root)]
+    assert main([*command, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]) == 0
+    log = read_log(tmp_path / f"transfg_{recipe}")
+    assert log[-1]["kind"] == "end"
+    assert log[-1]["last"]["count"] > 0
 
 
 def test_the_partbirds_recipe_is_the_demo():

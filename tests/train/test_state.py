@@ -116,3 +116,14 @@ def test_the_weights_to_start_from_are_not_read_where_a_checkpoint_replaces_them
     state = TrainState(options, ALONE, 9, is_resumed=True)
     state.restore(*captured)
     assert same(state.capture(), captured)
+
+
+def test_the_sums_of_an_older_version_are_taken_on():
+    state = made()
+    state.meter.add(torch.tensor(2.0), torch.tensor(3), 4, torch.tensor(5.0), torch.tensor(0.5))
+    model, tensors, plain = state.capture()
+    assert plain["meter"] == [2.0, 3.0, 4.0, 5.0, 1.0, 0.5]
+    other = made()
+    other.restore(model, tensors, {**plain, "meter": plain["meter"][:5]})
+    assert other.meter.steps == 1
+    assert other.meter.take(ALONE) == (2.0, 0.75, 5.0, 0.0)

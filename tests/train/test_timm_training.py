@@ -56,6 +56,28 @@ def test_a_fused_run_logs_its_picks_and_what_it_computes(trained):
     assert all(math.isfinite(value) and value > 0 for value in values(trained.folder, key="mfu"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"criterion": "vote:3", "contrastive": True, "first_candidate": 1},
+        {"keep_rate": 0.5, "locations": (0,), "num_token": 2, "first_candidate": 1, "contrastive": True},
+        {"feature_fusion": False, "contrastive": True, "images_per_class": 2},
+    ],
+    ids=["criterion", "reduced", "plain"],
+)
+def test_its_choices_are_trained_saved_and_taken_up(changes, tmp_path):
+    result = train(options(tmp_path, num_steps=2, **changes))
+    assert len(values(result.folder, key="contrastive")) == 2
+    classifier = load(result.folder, device="cpu")
+    asked = {name: value for name, value in changes.items() if name in ("criterion", "keep_rate", "locations")}
+    assert {name: getattr(classifier.model.config, name) for name in asked} == asked
+    if changes.get("feature_fusion", True):
+        classifier.pick_by("random")
+        assert classifier.model.config.criterion == "random"
+    again = train(options(tmp_path, "again", num_steps=2, resume=str(result.folder / "last"), **changes))
+    assert again.last.top1 == result.last.top1
+
+
 def test_its_checkpoint_gives_the_same_model_and_the_same_score(trained):
     checkpoint = load_checkpoint(trained.folder / "last")
     config = json.loads((trained.folder / "last" / "config.json").read_text())
