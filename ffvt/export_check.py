@@ -45,9 +45,9 @@ class Comparison:
 class Expected(NamedTuple):
     """What a model gives for some images; index, score and clear are None for a plain ViT.
 
-    logits (B, classes), index (B, L-1, K), score (B, L-1, N) (of a TransFG a line per head, not per layer), and clear
-    (B, L-1) bool: whether the gap between the K-th
-    score and the next is larger than CLEAR times the error of the scores, which fp64 tells.
+    logits (B, classes), index (B, L-1, K), score (B, L-1, N), and clear (B, L-1) bool: whether the gap between the K-th
+    score and the next is larger than CLEAR times the error of the scores, which fp64 tells. Of a TransFG each head is
+    such a line, with one pick.
     """
 
     logits: Tensor

@@ -175,8 +175,7 @@ def _attention_stats(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backe
     check_scale("attention_stats", scale)
     q, k, v = _unit(q), _unit(k), _unit(v)
     module = resolve("attention_stats", backend, q, k, v)
-    with torch.autocast(q.device.type, enabled=False):  # it would round the logits of what PyTorch multiplies
-        return module.attention_stats_forward(q, k, v, _scale(scale, q.shape[-1]))
+    return module.attention_stats_forward(q, k, v, _scale(scale, q.shape[-1]))
 
 
 def _attention_stats_fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> _Attended:
@@ -199,8 +198,7 @@ def _attention_vecmat(
     q, k = _unit(q), _unit(k)
     lse = None if lse is None else lse.contiguous()
     module = resolve("attention_vecmat", backend, q, k)
-    with torch.autocast(q.device.type, enabled=False):  # as above
-        return module.attention_vecmat_forward(weights.contiguous(), q, k, lse, _scale(scale, q.shape[-1]))
+    return module.attention_vecmat_forward(weights.contiguous(), q, k, lse, _scale(scale, q.shape[-1]))
 
 
 def _attention_vecmat_fake(
