@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from contextlib import suppress
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,24 @@ CARD = """---
 
 # {{ repo_id }}
 
-A Feature Fusion Vision Transformer (FFVT) for fine-grained images: its layers pick tokens, its last layer fuses them.
+{{ what }}
 
 ```python
 import ffvt
 
-model = ffvt.FFVT.from_pretrained("{{ repo_id }}")  # in evaluation mode
+model = ffvt.load_pretrained("{{ repo_id }}")  # in evaluation mode
 logits = model(images)  # images ({{ shape }}), normalised as in training
 ```
 
 {{ facts }}
 """
+KINDS = {  # of our models: what one is
+    "vit": "A plain Vision Transformer (ViT) for fine-grained images.",
+    "ffvt": "A Feature Fusion Vision Transformer (FFVT) for fine-grained images: each layer picks {num_select} tokens "
+    "by {criterion}, its last layer fuses them.",
+    "transfg": "A TransFG for fine-grained images: each of its {num_heads} heads picks a patch from all layers, its "
+    "last layer sees these.",
+}
 
 
 def locate(where: str, source: str | Path, **download: Any) -> Path:
@@ -169,11 +177,10 @@ def push(
                 tags=["ffvt", "vision-transformer", "fine-grained", "pytorch"],
             )
             facts = f"{config.embed_dim} channels, {config.depth} blocks, {config.num_heads} heads, patches of "
-            facts += (
-                f"{config.patch_size} pixels, {config.num_classes} classes; {config.num_select} tokens picked a block."
-            )
-            shape = f"B, 3, {config.image_size}, {config.image_size}"
-            card = ModelCard.from_template(data, template_str=CARD, repo_id=repository, shape=shape, facts=facts)
+            facts += f"{config.patch_size} pixels, {config.num_classes} classes."
+            told = {"shape": f"B, 3, {config.image_size}, {config.image_size}", "facts": facts}
+            told["what"] = KINDS[config.kind].format(**asdict(config))
+            card = ModelCard.from_template(data, template_str=CARD, repo_id=repository, **told)
             card.save(Path(folder) / "README.md")
         commit = api.upload_folder(
             repo_id=repository,

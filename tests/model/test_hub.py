@@ -153,7 +153,8 @@ def test_a_pushed_model_has_a_card_and_comes_back(monkeypatch, tmp_path):
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "image-classification"
     assert "fine-grained" in card.data.tags
-    assert 'from_pretrained("org/name")' in card.text
+    assert 'load_pretrained("org/name")' in card.text
+    assert "picks 3 tokens by maws" in card.text
     assert "(B, 3, 64, 64)" in card.text
     assert json.loads(Hub.files["config.json"])["depth"] == 4
     for name, content in Hub.files.items():
