@@ -55,20 +55,22 @@ class AuthorsEagerFFVT(nn.Module):
 class _Transformer(nn.Module):
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
-        self.embeddings = _Embeddings(config)
+        self.embeddings = Embeddings(config)
         self.encoder = _Encoder(config)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return self.encoder(self.embeddings(images))
 
 
-class _Embeddings(nn.Module):
+class Embeddings(nn.Module):
+    """The class token and the patches, overlapping where the stride is below their side; TransFG's form shares it."""
+
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
         dim, patch = config.embed_dim, config.patch_size
         self.position_embeddings = nn.Parameter(torch.randn(1, config.num_tokens, dim) * 0.02)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.patch_embeddings = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.patch_embeddings = nn.Conv2d(3, dim, kernel_size=patch, stride=config.patch_stride or patch)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class _Block(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         self.ffn_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
-        self.ffn = _MLP(config)
+        self.ffn = MLP(config)
         self.attn = _Attention(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +152,7 @@ class _Attention(nn.Module):
         return self.out(context), weights[:, :, :, 0], probs
 
 
-class _MLP(nn.Module):
+class MLP(nn.Module):
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.authors_eager import LAYER_NORM_EPS, MLP, Embeddings
 from ffvt import FFVTConfig
-
-LAYER_NORM_EPS = 1e-6
 
 
 class AuthorsTransFG(nn.Module):
@@ -54,28 +53,11 @@ class AuthorsTransFG(nn.Module):
 class _Transformer(nn.Module):
     def __init__(self, config: FFVTConfig) -> None:
         super().__init__()
-        self.embeddings = _Embeddings(config)
+        self.embeddings = Embeddings(config)
         self.encoder = _Encoder(config)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.encoder(self.embeddings(images))
-
-
-class _Embeddings(nn.Module):
-    """The split into patches, overlapping where the stride is below their side."""
-
-    def __init__(self, config: FFVTConfig) -> None:
-        super().__init__()
-        dim, patch = config.embed_dim, config.patch_size
-        self.position_embeddings = nn.Parameter(torch.randn(1, config.num_tokens, dim) * 0.02)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.patch_embeddings = nn.Conv2d(3, dim, kernel_size=patch, stride=config.patch_stride or patch)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch_embeddings(images).flatten(2).transpose(1, 2)  # (B, N-1, C)
-        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), dim=1)
-        return self.dropout(tokens + self.position_embeddings)
 
 
 class _Encoder(nn.Module):
@@ -112,7 +94,7 @@ class _Layer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         self.ffn_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         self.attn = _Attention(config.embed_dim, config.num_heads)
-        self.ffn = _FeedForward(config)
+        self.ffn = MLP(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         attended, attention = self.attn(self.attention_norm(x))
@@ -134,14 +116,3 @@ class _Attention(nn.Module):
         attention = F.softmax(logits, dim=-1)
         mixed = torch.matmul(attention, value).transpose(1, 2).flatten(2)
         return self.out(mixed), attention
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, config: FFVTConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
