@@ -1,7 +1,8 @@
 """TransFG without its maps against its authors' form and plain ViTs: inference forward and training step.
 
     python -m benchmarks.bench_transfg [--model_type vit_b16] [--image_size 448] [--batch_size 4]
-        [--patch_strides 16 12] [--dtype bf16] [--device cpu] [--rounds 5] [--threads 2] [--out FILE] [--quick]
+        [--patch_strides 16 12] [--dtype bf16] [--rivals ...] [--device cpu] [--rounds 5] [--threads 2] [--out FILE]
+        [--quick]
 
 Rivals: the authors' form, full maps multiplied layer by layer; ours; timm's plain ViT of the same size and tokens; our
 plain ViT. Each patch stride is a run of its own: 16 gives 785 tokens at 448 pixels, 12 (the authors') 1,370. The two
@@ -118,7 +119,7 @@ def run_stride(config: ffvt.FFVTConfig, arguments: argparse.Namespace) -> list[d
     shared = common_fields(config, arguments)  # before the load that the run itself makes
     shape = (config, arguments.batch_size, arguments.dtype, device)
     check_agreement(config, device)
-    cases = {mode: [Case(name, TransFGWorkload(name, mode, *shape)) for name in RIVALS] for mode in MODES}
+    cases = {mode: [Case(name, TransFGWorkload(name, mode, *shape)) for name in arguments.rivals] for mode in MODES}
     timings = {mode: measure(cases[mode], arguments.rounds, arguments.warmup, device) for mode in MODES}
     measured = [case for mode in MODES for case in cases[mode]]
     peaks = iter([None] * len(measured) if arguments.skip_memory else peak_memory(measured, device))
@@ -128,7 +129,7 @@ def run_stride(config: ffvt.FFVTConfig, arguments: argparse.Namespace) -> list[d
             "mode": mode,
             "case": name,
             "time_ms": timing.to_dict(),
-            "speedup": {baseline: speedups(timings[mode], baseline)[name] for baseline in BASELINES},
+            "speedup": {b: speedups(timings[mode], b)[name] for b in BASELINES if b in timings[mode]},
             "peak_memory_bytes": next(peaks),
         }
         for mode in MODES
@@ -160,6 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--patch_strides", type=int, nargs="+", default=(16, 12), help="pixels")
     parser.add_argument("--dtype", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--skip_memory", action="store_true", help="no second pass for peak memory")
     return parser.parse_args(argv)
 
