@@ -39,6 +39,7 @@ class Layer(NamedTuple):
         scale: factor of the logits; 1/sqrt(D) when None.
         num_prefix_tokens: P, tokens before the patches, the class token first.
         number: of the layer, from 0; only `random` reads it.
+        grid: rows and columns of the patches; a square when None; only `vote` reads it.
     """
 
     q: Tensor
@@ -49,6 +50,7 @@ class Layer(NamedTuple):
     scale: float | None = None
     num_prefix_tokens: int = 1
     number: int = 0
+    grid: tuple[int, int] | None = None
 
     def kept(self, views: bool) -> Layer:
         """What the criteria of later layers read. views: of a projection that a backward keeps anyway; else copies,
@@ -67,11 +69,17 @@ class Criterion:
 
     Attributes:
         kind: what `find` knows it by.
+        reason: by what it picks, in words.
         needs_history: whether it reads the layers before the last.
+        needs_every_token: whether it cannot do without those that token reduction drops.
+        is_fused: whether attention picks by it in one launch (`maws_attention`).
     """
 
     kind: ClassVar[str] = ""
+    reason: ClassVar[str] = ""
     needs_history: ClassVar[bool] = False
+    needs_every_token: ClassVar[bool] = False
+    is_fused: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -81,6 +89,9 @@ class Criterion:
 
     @torch.no_grad()
     def __call__(self, layers: Sequence[Layer]) -> Tensor:
+        if isinstance(layers, Layer) or not layers:
+            got = f"{type(layers).__name__} of {len(layers)}"
+            raise ValueError(f"{self.kind}: layers must be a sequence of at least one Layer; got {got}")
         return self.score(layers).float()
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
@@ -97,7 +108,8 @@ class MAWS(Criterion):
     Source: FFVT (arXiv 2107.02341), section 3.2.
     """
 
-    kind = "maws"
+    kind, reason = "maws", "mutual attention weight"
+    is_fused = True
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         stats = layers[-1].stats
@@ -111,7 +123,7 @@ class ClassRow(Criterion):
     FasterVLM (arXiv 2412.01818).
     """
 
-    kind = "class_row"
+    kind, reason = "class_row", "the class token's attention"
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         return layers[-1].stats.row.mean(1)
@@ -123,7 +135,7 @@ class Column(Criterion):
     Source: the contribution of FFVT (arXiv 2107.02341), section 3.2, alone.
     """
 
-    kind = "column"
+    kind, reason = "column", "attention to the class token"
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         return layers[-1].stats.column.mean(1)
@@ -137,12 +149,14 @@ class Vote(Criterion):
         votes: of each head; no more than there are patches.
 
     Raises:
-        ValueError: when called, the patches are no square.
+        ValueError: when called, the patches are no square and the Layer has no grid, or another one.
 
     Source: IELT (IEEE TMM 2023), multi-head voting.
     """
 
     kind: ClassVar[str] = "vote"
+    reason: ClassVar[str] = "votes of the heads"
+    needs_every_token: ClassVar[bool] = True  # the grid
     votes: int = 24
 
     def __post_init__(self) -> None:
@@ -152,15 +166,15 @@ class Vote(Criterion):
         row, prefix = layers[-1].stats.row, layers[-1].num_prefix_tokens
         batch, heads, tokens = row.shape
         patches = tokens - prefix
-        side = math.isqrt(patches)
-        require(side * side == patches, "vote", "patches", "a square number", patches)
+        grid = layers[-1].grid or (math.isqrt(patches),) * 2
+        require(grid[0] * grid[1] == patches, "vote", "patches", f"a grid of {grid[0]} x {grid[1]}", patches)
         best = select_top(row[:, :, prefix:].flatten(0, 1), min(self.votes, patches), 0)
         votes = torch.zeros_like(row[:, :, prefix:]).scatter(2, best.unflatten(0, (batch, heads)), 1.0).sum(1)
-        return F.pad(_blur(votes.unflatten(1, (side, side))).flatten(1), (prefix, 0))
+        return F.pad(_blur(votes.unflatten(1, grid)).flatten(1), (prefix, 0))
 
 
 def _blur(counts: Tensor) -> Tensor:
-    """counts (B, S, S) with the kernel 1 2 1, 2 4 2, 1 2 1: exact, for it only adds."""
+    """counts (B, R, C) with the kernel 1 2 1, 2 4 2, 1 2 1: exact, for it only adds."""
     across = F.pad(counts, (1, 1))
     across = across[:, :, :-2] + 2 * across[:, :, 1:-1] + across[:, :, 2:]
     down = F.pad(across, (0, 0, 1, 1))
@@ -173,13 +187,14 @@ class ATS(Criterion):
     Source: adaptive token sampling (arXiv 2111.15667), section 3.1.
     """
 
-    kind = "ats"
+    kind, reason = "ats", "the class token's attention and the norm of the values"
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         layer = layers[-1]
+        require(layer.v is not None, "ats", "v", "given in the Layer", layer.v)
         weighted = layer.stats.row * layer.v.float().norm(dim=-1).transpose(1, 2)  # (B, H, N)
         total = weighted[:, :, layer.num_prefix_tokens :].sum(-1, keepdim=True)
-        return (weighted / total).mean(1)
+        return (weighted / total.clamp(min=torch.finfo(torch.float32).tiny)).mean(1)
 
 
 class Received(Criterion):
@@ -189,7 +204,7 @@ class Received(Criterion):
     class token.
     """
 
-    kind = "received"
+    kind, reason = "received", "the attention that they receive"
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         row = layers[-1].stats.row
@@ -202,11 +217,13 @@ class Received(Criterion):
 class Rollout(Criterion):
     """The class token's row of the product of all maps so far, each the mean of its heads and half an identity.
 
+    The class token itself scores best nearly always: leave it out of the candidates.
+
     Source: Abnar and Zuidema (arXiv 2005.00928), attention rollout.
     """
 
-    kind = "rollout"
-    needs_history = True
+    kind, reason = "rollout", "attention rollout"
+    needs_history = needs_every_token = True
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         *earlier, last = layers
@@ -233,8 +250,8 @@ class PSM(Criterion):
     Source: the part selection module of TransFG (arXiv 2103.07976), section 3.3, which takes the best of each head.
     """
 
-    kind = "psm"
-    needs_history = True
+    kind, reason = "psm", "the product of the attention of all layers so far"
+    needs_history = needs_every_token = True
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         return self.per_head(layers).mean(1)
@@ -258,10 +275,12 @@ class PSM(Criterion):
 class Similarity(Criterion):
     """Cosine between the class token and each token as the block gave them out, moved to [0, 1].
 
+    The class token itself scores 1: leave it out of the candidates.
+
     Source: GLSim (arXiv 2407.12891), global-local similarity.
     """
 
-    kind = "similarity"
+    kind, reason = "similarity", "similarity to the class token"
 
     def score(self, layers: Sequence[Layer]) -> Tensor:
         tokens = layers[-1].tokens
@@ -279,6 +298,7 @@ class Random(Criterion):
     """
 
     kind: ClassVar[str] = "random"
+    reason: ClassVar[str] = "chance"
     seed: int = 0
 
     def __post_init__(self) -> None:

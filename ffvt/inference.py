@@ -211,7 +211,8 @@ class Classifier:
             logits, picked = self.model.forward_with_selection(images) if selection else (self.model(images), None)
         index: list[Tensor | None] | Tensor = [None] * len(views)
         if picked is not None:
-            index = without_registers(picked.lines, self.model.config.num_prefix_tokens).cpu()
+            config = self.model.config
+            index = without_registers(picked.lines, config.num_prefix_tokens, config.num_tokens).cpu()
         return list(zip(logits.float().softmax(-1).cpu(), index))
 
 

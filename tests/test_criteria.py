@@ -143,8 +143,29 @@ def test_fewer_votes_are_fewer_votes():
 
 def test_a_vote_needs_a_square_of_patches():
     layer = layers_of(1)[0][0]
-    with pytest.raises(ValueError, match="vote: patches must be a square number; got patches=14"):
+    with pytest.raises(ValueError, match="vote: patches must be a grid of 3 x 3; got patches=14"):
         criteria.vote([layer._replace(num_prefix_tokens=3)])
+
+
+def test_votes_spread_along_the_grid_that_a_layer_names():
+    row = torch.zeros(1, 1, 13)
+    row[..., 4] = 1.0  # the last patch of the first row of 3 x 4
+    layer = criteria.Layer(None, None, None, ffvt.AttentionStats(row, None, None), grid=(3, 4))
+    expected = torch.tensor([[0.0, 0, 0, 2, 4, 0, 0, 1, 2, 0, 0, 0, 0]])
+    assert torch.equal(criteria.Vote(1)([layer]), expected)
+
+
+@pytest.mark.parametrize("layers", [(), [], criteria.Layer(None, None, None, None)])
+def test_no_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="maws: layers must be a sequence of at least one Layer"):
+        criteria.maws(layers)
+
+
+def test_ats_needs_values_and_bears_none_of_length():
+    layer = layers_of(1)[0][0]
+    with pytest.raises(ValueError, match="ats: v must be given in the Layer"):
+        criteria.ats([layer._replace(v=None)])
+    assert not criteria.ats([layer._replace(v=torch.zeros_like(layer.v))]).any()
 
 
 def test_similarity_needs_the_tokens():
@@ -328,3 +349,16 @@ def test_a_saved_model_keeps_its_criterion(tmp_path):
 def test_a_bad_criterion_is_refused_before_there_is_a_model(name):
     with pytest.raises(ValueError, match="criterion|votes"):
         tiny_model(criterion=name)
+    if isinstance(name, str):
+        with pytest.raises(ValueError, match="criterion|votes"):
+            tiny_model(criterion=name, feature_fusion=False)
+
+
+def test_a_model_takes_a_criterion_itself():
+    assert ffvt.create_model("vit_s16", criterion=criteria.Vote(7)).config.criterion == "vote:7"
+
+
+def test_a_transfg_takes_no_other_criterion_than_its_own():
+    assert tiny_model(head="transfg", criterion="psm").config.kind == "transfg"
+    with pytest.raises(ValueError, match="criterion must be left out or 'psm' with transfg; got criterion='vote'"):
+        tiny_model(head="transfg", criterion="vote")

@@ -131,7 +131,7 @@ def attend(
     """
     q, k, v = _tokens_first(module, query, key, value, models, dropout, is_causal, others)
     criterion = _of_one_layer(NAME, criterion)
-    fused = criterion.kind == "maws"
+    fused = criterion.is_fused
     if attention_mask is not None:
         _check_bias(attention_mask, module.config)
         require(fused, NAME, "criterion", "maws where the model has a position bias", criterion.name)

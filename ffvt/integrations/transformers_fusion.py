@@ -106,15 +106,18 @@ class FusedTransformer(SelectingModel):
         *layers, last_layer = attrgetter(self.family.layers)(self.vit)
         x, rope = self._embed(images)  # (B, N, C)
         num_tokens = x.shape[1]
-        picker = Picker(self.criterion, self.num_select, self.first_candidate)
+        recomputes = self.training and self.vit.is_gradient_checkpointing
+        picker = Picker(self.criterion, self.num_select, self.first_candidate, recomputes=recomputes)
+        patch = self.vit.config.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
         for number, layer in enumerate(layers):
-            if self.criterion.kind == "maws":
+            if self.criterion.is_fused:
                 asked = {"num_select": self.num_select, "first_candidate": self.first_candidate}
                 x, (index, score) = self._run(layer, x, "selections", {**rope, **asked})
                 picker.take(gather_tokens(x, index), index, score)
             else:
                 x, observed = self._run(layer, x, "observed", rope)
-                picker.judge(x, observed._replace(number=number))
+                picker.judge(x, observed._replace(number=number, grid=grid))
         selection = picker.selection()
         rope = _rope_of(F.pad(selection.index.flatten(1), (1, 0)), rope, num_tokens)
         x = last_layer(picker.fused(x), attention_mask=None, **rope)

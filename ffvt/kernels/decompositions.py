@@ -22,7 +22,7 @@ from ffvt.kernels import registration  # noqa: F401  defines torch.ops.ffvt
 from ffvt.kernels.backend_torch import class_logits
 from ffvt.kernels.reference import attention_logits, attention_vecmat_forward, maws_score
 
-FLOAT_MAX = torch.finfo(torch.float32).max
+LIMIT = 1e38  # scores beyond it tie; twice that is still a number of fp32, which exporters ask of constants
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -99,9 +99,9 @@ def select_top(score: Tensor, num_select: int, first_candidate: int) -> Tensor:
     """
     candidates = score[:, first_candidate:].double()
     position = torch.arange(candidates.shape[1], dtype=torch.float64, device=score.device)
-    finite = candidates.clamp(-FLOAT_MAX, FLOAT_MAX)
+    finite = candidates.clamp(-LIMIT, LIMIT)
     key = finite - finite.abs() * (2.0**-40 * position) - 1e-300 * position
-    key = torch.where(candidates.isnan(), -1e300 * (1 + 2.0**-40 * position), key)
+    key = torch.where(candidates.isnan(), -2 * LIMIT * (1 + 2.0**-40 * position), key)
     return key.topk(num_select, dim=-1, sorted=True).indices + first_candidate
 
 

@@ -81,7 +81,7 @@ class AttentionStats(NamedTuple):
         row: (B, H, N) fp32, softmax(S_h[0, :]): how much the class token attends to each token, in every head.
         column: (B, H, N) fp32, softmax(S_h[:, 0]): each token's logit of the class token, as a share of all tokens'.
         lse: (B, H, N) fp32 (fp64 for fp64 inputs), log sum_j exp(S_h[i, j]) of every query i. With it,
-            exp(S_h[i, j] - lse[i]) is any probability of the map.
+            exp(S_h[i, j] - lse[i]) is any probability of the map, to about 2**-23 * |lse| of itself.
     """
 
     row: Tensor
@@ -123,7 +123,8 @@ def attention_vecmat(
         weights: (B, H, N) fp32, any strides.
         q, k, scale: as for `maws_attention`.
         lse: (B, H, N) fp32 (fp64 for fp64 inputs), as `attention_stats` gives it for the same q, k and scale; None
-            computes it, at the cost of one more product of q and k.
+            computes it, at the cost of one more product of q and k where it is not fused in. With logits past about
+            1e4 that is the more accurate way.
 
     Returns:
         (B, H, N) fp32. It carries no gradient.

@@ -119,6 +119,8 @@ class FFVTConfig:
             self._check("depth", self.depth >= 2, f"at least 2 with {self.kind}")
         if self.kind == "ffvt":
             self._check_selection()
+        if self.criterion != "maws":
+            self._check_criterion()
         if self.keep_rate < 1:
             self._check_reduction()
 
@@ -127,10 +129,12 @@ class FFVTConfig:
         self._check("first_candidate", 0 <= first < tokens, f"in [0, N={tokens})")
         limit = f"in [1, N - first_candidate = {tokens - first}]"
         self._check("num_select", 1 <= self.num_select <= tokens - first, limit)
-        if self.criterion != "maws":
-            from ffvt.criteria import find  # which needs torch
 
-            find(self.criterion)
+    def _check_criterion(self) -> None:
+        from ffvt.criteria import find  # which needs torch
+
+        name = find(self.criterion).name
+        self._check("criterion", self.kind != "transfg" or name == "psm", "left out or 'psm' with transfg")
 
     def _check_reduction(self) -> None:
         self._check("keep_rate", self.kind != "transfg", "1 with transfg, whose part selection needs every token")
@@ -210,8 +214,10 @@ def check_reduced_selection(where: str, keep_rate: float, criterion: str, num_se
     Raises:
         ValueError: the criterion reads the square of the patches, or earlier layers; or K is too large.
     """
-    criteria = "maws, class_row, column, ats, received, similarity or random with keep_rate below 1"
-    require(criterion.partition(":")[0] not in ("vote", "rollout", "psm"), where, "criterion", criteria, criterion)
+    from ffvt.criteria import find  # which needs torch
+
+    must = f"one that does without the tokens dropped with keep_rate={keep_rate} (maws, class_row, ...)"
+    require(not find(criterion).needs_every_token, where, "criterion", must, criterion)
     limit = f"at most the {left} tokens left with keep_rate={keep_rate}"
     require(num_select <= left, where, "num_select", limit, num_select)
 

@@ -59,7 +59,7 @@ def _plain_rows(config: FFVTConfig, number: int, tokens: int) -> BlockRows:
 
 def _selecting_rows(config: FFVTConfig, number: int, tokens: int) -> BlockRows:
     criterion, reduces = find(config.criterion), config.reduces(number)
-    observed = criterion.kind != "maws" or reduces
+    observed = not criterion.is_fused or reduces
     pruned = config.prune_dead_rows and not observed and number == config.depth - 2
     computed = 1 + config.num_select if pruned else tokens
     return BlockRows(tokens, computed, True, pruned, observed, criterion.vecmats(number), tokens * reduces)

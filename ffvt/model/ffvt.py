@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ffvt.criteria import find
+from ffvt.criteria import Criterion, find
 from ffvt.errors import printable, require
 from ffvt.model.config import FFVTConfig, replace_fields
 from ffvt.model.config_files import read_config, write_config
@@ -153,7 +153,7 @@ class ViT(nn.Module):
                 another `image_size` interpolates the positions.
 
         Returns:
-            An `FFVT` or a `ViT`, as the configuration says, whichever of the two is asked.
+            An `FFVT`, a `TransFG` or a `ViT`, as the configuration says, whichever of them is asked.
 
         Raises:
             FileNotFoundError: no config.json or model.safetensors there, or no such repository.
@@ -188,7 +188,7 @@ class ViT(nn.Module):
         token: str | bool | None = None,
         branch: str | None = None,
         create_pr: bool = False,
-        commit_message: str = "Upload an FFVT",
+        commit_message: str = "Upload a model",
         license: str = "mit",
     ) -> str:
         """Uploads the model to the Hugging Face Hub, for `FFVT.from_pretrained(repo_id)`.
@@ -246,7 +246,7 @@ class FFVT(SelectingModel, ViT):
         """Blocks that pick by the fused operator; observed ones where another criterion, or token reduction, reads
         more than that returns."""
         self.criterion = find(config.criterion)
-        fused, pruned = self.criterion.kind == "maws", config.prune_dead_rows
+        fused, pruned = self.criterion.is_fused, config.prune_dead_rows
         kinds = [
             SelectingBlock if fused and not config.reduces(number) else ObservedBlock
             for number in range(config.depth - 1)
@@ -259,7 +259,7 @@ class FFVT(SelectingModel, ViT):
     def forward_features_with_selection(self, images: Tensor) -> tuple[Tensor, Selection]:
         x, config = self.embed(images), self.config  # (B, N, C)
         reduction = TokenReduction(config.keep_rate, config.num_tokens)
-        picker = Picker(self.criterion, config.num_select, config.first_candidate, reduction)
+        picker = Picker(self.criterion, config.num_select, config.first_candidate, reduction, self.recomputes)
         for number, block in enumerate(self.blocks):
             if isinstance(block, ObservedBlock):
                 x, layer = self.run(block, x)
@@ -294,7 +294,8 @@ def create_model(
     feature_fusion: bool = True,
     **overrides: Any,
 ) -> ViT:
-    """A new `FFVT` (or, with feature_fusion=False, the plain `ViT` of the same size) with initial weights.
+    """A new `FFVT` with initial weights; with feature_fusion=False the plain `ViT` of the same size, with
+    head="transfg" a `TransFG`.
 
     Args:
         name: vit_s16, vit_s14, vit_b16, vit_b32, vit_l16, vit_l32, vit_h14, r50_vit_b16, or the authors' name of one
@@ -303,7 +304,8 @@ def create_model(
         num_classes: classes of the head.
         num_select: K, tokens picked by each of the first L-1 blocks.
         feature_fusion: whether to select and fuse tokens.
-        overrides: any other field of `FFVTConfig`; for timm's, of `ffvt.model.timm_models.TimmConfig`.
+        overrides: any other field of `FFVTConfig`; for timm's, of `ffvt.model.timm_models.TimmConfig`. criterion can
+            also be one of `ffvt.criteria` itself.
 
     Raises:
         ValueError: an unknown name or field, or a value that does not hold.
@@ -314,4 +316,6 @@ def create_model(
     from ffvt.model.registry import config_of, model_of  # which knows this module
 
     sizes = {"image_size": image_size, "num_classes": num_classes, "num_select": num_select}
+    if isinstance(overrides.get("criterion"), Criterion):
+        overrides["criterion"] = overrides["criterion"].name
     return model_of(config_of(name, **sizes, feature_fusion=feature_fusion, **overrides))

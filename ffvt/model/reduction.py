@@ -45,10 +45,10 @@ class TokenReduction:
     def original(self, index: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """Picks (B, K) and scores of the tokens left, as of those at the start: (B, K), (B, N).
 
-        The fused token counts as 0, no patch; tokens that were dropped score 0.
+        The fused token has the number N, no token at the start; tokens that were dropped score 0.
         """
         if self.positions is None:
             return index, score
         left = self.positions.shape[1]
         whole = score.new_zeros(score.shape[0], self.num_tokens).scatter(1, self.positions, score[:, :left])
-        return F.pad(self.positions, (0, 1)).gather(1, index), whole
+        return F.pad(self.positions, (0, 1), value=self.num_tokens).gather(1, index), whole

@@ -35,10 +35,13 @@ class Selection(NamedTuple):
         return cls(torch.stack(index, dim=1), torch.stack(score, dim=1))
 
 
-def without_registers(index: Tensor, num_prefix_tokens: int) -> Tensor:
+def without_registers(index: Tensor, num_prefix_tokens: int, num_tokens: int) -> Tensor:
     """Picks counted as where the class token alone stands before the patches: 0 for it and for every other token that
-    is no patch, 1 for the first patch."""
-    return (index - (num_prefix_tokens - 1)).clamp(min=0)
+    is no patch, 1 for the first patch.
+
+    num_tokens: N; that number is the token that token reduction makes of the patches it drops.
+    """
+    return torch.where(index < num_tokens, index - (num_prefix_tokens - 1), 0).clamp(min=0)
 
 
 class Picker:
@@ -49,13 +52,20 @@ class Picker:
         num_select: K.
         first_candidate: tokens [0, first_candidate) are never picked.
         reduction: which tokens are left, if some are dropped on the way.
+        recomputes: whether the blocks run under activation checkpointing, which keeps none of their q and k.
     """
 
     def __init__(
-        self, criterion: Criterion, num_select: int, first_candidate: int, reduction: TokenReduction | None = None
+        self,
+        criterion: Criterion,
+        num_select: int,
+        first_candidate: int,
+        reduction: TokenReduction | None = None,
+        recomputes: bool = False,
     ) -> None:
         self.criterion, self.num_select, self.first_candidate = criterion, num_select, first_candidate
         self.reduction = reduction
+        self.views = torch.is_grad_enabled() and not recomputes
         self.layers: list[Layer] = []
         self.picked: list[Tensor] = []
         self.chosen: list[tuple[Tensor, Tensor]] = []
@@ -64,7 +74,7 @@ class Picker:
         """Picks from a block's output (B, N, C), by what its attention left behind."""
         score = self.criterion([*self.layers, layer._replace(tokens=x.detach())])
         if self.criterion.needs_history:
-            self.layers.append(layer.kept(views=torch.is_grad_enabled()))
+            self.layers.append(layer.kept(self.views))
         index = pick(score, self.num_select, self.first_candidate)
         self.take(gather_tokens(x, index), index, score)
 

@@ -63,7 +63,7 @@ class FeatureFusion(SelectingModel, OfTimm):
 
     def observes(self, number: int) -> bool:
         """Whether block `number` leaves its attention's statistics behind; else its attention picks by itself."""
-        return self.criterion.kind != "maws" or self.reduces(number)
+        return not self.criterion.is_fused or self.reduces(number)
 
     @property
     def num_selecting(self) -> int:
@@ -104,12 +104,13 @@ class FeatureFusion(SelectingModel, OfTimm):
         run = functools.partial(checkpoint, use_reentrant=False) if recomputes else _call
         x, ropes = self._embed(images)  # (B, N, C)
         reduction = TokenReduction(self.keep_rate, x.shape[1])
-        picker = Picker(self.criterion, self.num_select, self.first_candidate, reduction)
+        picker = Picker(self.criterion, self.num_select, self.first_candidate, reduction, recomputes)
+        grid = tuple(self.vit.patch_embed.dynamic_feat_size(images.shape[-2:]))
         for number, block in enumerate(blocks):
             rope = self._rope_of_left(ropes[number], reduction)
             if self.observes(number):
                 x, layer = run(self._observe, block, x, rope)
-                picker.judge(x, layer._replace(number=number))
+                picker.judge(x, layer._replace(number=number, grid=grid))
                 if self.reduces(number):
                     x = reduction.reduce(x, layer)
             else:
@@ -152,14 +153,14 @@ class FeatureFusion(SelectingModel, OfTimm):
     def _rope_of_picks(self, rope: Tensor | None, index: Tensor) -> Tensor | None:
         """The rotary table of picked tokens: rope ([H,] N-P, E), index (B, M) -> (B, H or 1, M, E).
 
-        Prefix tokens (class token, registers) are not rotated: sine 0, cosine 1.
+        Prefix tokens (class token, registers) and the token of those dropped, N, are not rotated: sine 0, cosine 1.
         """
         if rope is None:
             return None
         rope = rope.expand(1, *([1] * (3 - rope.ndim)), *rope.shape)  # (1, H or 1, N-P, E)
         sine, cosine = rope.chunk(2, dim=-1)
         prefix = self.vit.num_prefix_tokens
-        sine, cosine = F.pad(sine, (0, 0, prefix, 0)), F.pad(cosine, (0, 0, prefix, 0), value=1.0)
+        sine, cosine = F.pad(sine, (0, 0, prefix, 1)), F.pad(cosine, (0, 0, prefix, 1), value=1.0)
         table = torch.cat([sine, cosine], dim=-1).expand(index.shape[0], -1, -1, -1)  # (B, H or 1, N, E)
         return table.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 

@@ -186,6 +186,8 @@ def timm_config(name: str, **given: Any) -> TimmConfig:
     Raises:
         ValueError: an unknown name or field, or a value that does not hold.
     """
+    for field in ("head", "patch_stride"):
+        require(field not in given, "create_model", field, "left out with a model of timm", given.get(field))
     unknown = sorted(set(given) - {declared.name for declared in fields(TimmConfig)})
     require(not unknown, "create_model", "overrides", "fields of TimmConfig", unknown)
     check_name(name)

@@ -112,7 +112,7 @@ def selection_figure(classifier: Classifier, shown: Sequence[Shown]) -> Any:
     must = f"at most {FIGURE_IMAGES} for one figure (.html takes any number)"
     require(len(shown) <= FIGURE_IMAGES, "visualize", "images", must, len(shown))
     config = classifier.model.config
-    other = "class token" if config.num_prefix_tokens == 1 else "no patch"
+    other = "class token" if config.num_prefix_tokens == 1 and config.keep_rate == 1 else "no patch"
     stride = -(-FIGURE_SIDE // config.grid_size)  # in whole pixels
     patches = patch_grid(config)
     patches = patches.times(stride / patches.stride)

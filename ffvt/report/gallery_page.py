@@ -56,7 +56,8 @@ class Gallery:
         self.known += shown.correct is not None
         self.right += shown.correct is True
         config = self.classifier.model.config
-        other = "the class token too, which is no patch" if config.num_prefix_tokens == 1 else "what is no patch, too"
+        is_alone = config.num_prefix_tokens == 1 and config.keep_rate == 1
+        other = "the class token too, which is no patch" if is_alone else "what is no patch, too"
         self.cards.append(_card(shown, len(self.cards), patch_grid(config), noun(config), other))
 
     @property
@@ -98,7 +99,7 @@ def _header(gallery: Gallery) -> str:
     facts = [f"{_count(len(gallery.cards), 'image')}", _count(len(gallery.classifier.classes), "class", "classes")]
     if gallery.known:
         facts.append(f"{gallery.right / gallery.known:.1%} of {gallery.known} with a known class are right")
-    is_alone = config.num_prefix_tokens == 1
+    is_alone = config.num_prefix_tokens == 1 and config.keep_rate == 1
     if config.first_candidate:
         picked = "none of which is the class token" if is_alone else "all of which are patches"
     else:

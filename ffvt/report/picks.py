@@ -6,18 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-REASONS = {  # by kind of criterion: picked by ...
-    "maws": "mutual attention weight",
-    "class_row": "the class token's attention",
-    "column": "attention to the class token",
-    "vote": "votes of the heads",
-    "ats": "the class token's attention and the norm of the values",
-    "received": "the attention that they receive",
-    "rollout": "attention rollout",
-    "psm": "the product of the attention of all layers so far",
-    "similarity": "similarity to the class token",
-    "random": "chance",
-}
+from ffvt.criteria import find
 
 
 class PatchGrid(NamedTuple):
@@ -65,8 +54,7 @@ def noun(config: Any) -> str:
 
 def reason(config: Any) -> str:
     """By what the tokens are picked, in words."""
-    kind = "psm" if picks_by_head(config) else getattr(config, "criterion", "maws").partition(":")[0]
-    return REASONS[kind]
+    return find("psm" if picks_by_head(config) else getattr(config, "criterion", "maws")).reason
 
 
 def panels(index: Tensor, config: Any) -> tuple[Tensor, list[str]]:

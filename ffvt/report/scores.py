@@ -47,8 +47,8 @@ def score_table(evaluation: Evaluation, title: str, noun: str = "layer") -> str:
     if score.selection is not None:
         picks = score.selection
         named = [
-            (f"{noun}s that pick the class token", picks.class_token_rate),
-            (f"picks that the next {noun} picks too", picks.layer_overlap),
+            ("layers that pick the class token", picks.class_token_rate if noun == "layer" else None),
+            ("picks that the next layer picks too", picks.layer_overlap if noun == "layer" else None),
             ("picks on the object", picks.hit_rate),
             ("random picks on the object", picks.random_hit_rate),
         ]

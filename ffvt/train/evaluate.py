@@ -162,11 +162,13 @@ def hit_rates(index: Tensor, on_object: Tensor) -> Tensor:
 
     Args:
         index: (B, L-1, K) int64, the picks.
-        on_object: (B, N) bool, which tokens overlap the object; the class token never does.
+        on_object: (B, N) bool, which tokens overlap the object; the class token never does. A pick of N, the token of
+            those that token reduction dropped, does not either.
 
     Returns:
         (B, L-1) fp64.
     """
+    on_object = F.pad(on_object, (0, 1))
     return on_object[:, None].expand(-1, index.shape[1], -1).gather(2, index).double().mean(2)
 
 

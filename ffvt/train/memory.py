@@ -220,11 +220,11 @@ def _backward_moments(config: FFVTConfig, batch_size: int, element: int, device:
 
 def _history(config: FFVTConfig, blocks: list[BlockRows], element: int) -> int:
     """Bytes of one image that the blocks leave behind until the last of them has picked: the lines of statistics, and
-    with checkpointing q and k, which nothing else keeps then; v too, in whose memory they lie, unless they are copied.
+    with checkpointing copies of q and k, which nothing else keeps then.
     """
     if not (config.kind == "transfg" or (config.kind == "ffvt" and find(config.criterion).needs_history)):
         return 0
-    projected = (2 if config.kind == "transfg" else 3) * element * config.embed_dim * config.gradient_checkpointing
+    projected = 2 * element * config.embed_dim * config.gradient_checkpointing
     lines = 3 * FP32 * config.num_heads  # row, column, lse
     return sum(rows.attended * (projected + lines) for rows in blocks if rows.observed)
 

@@ -45,7 +45,7 @@ def test_a_second_reduction_takes_the_fused_token_into_the_rest():
     expected = torch.cat([first[:, [0, 2, 3]], 0.1 * first[:, [1]] + 0.9 * first[:, [4]]], 1)
     torch.testing.assert_close(second, expected)
     index, score = reduction.original(torch.tensor([[2, 3, 0]]), torch.tensor([[0.5, 0.2, 0.3, 0.9]]))
-    assert index.tolist() == [[4, 0, 0]]  # the fused token is no patch
+    assert index.tolist() == [[4, 6, 0]]  # the fused token is none of the six
     torch.testing.assert_close(score, torch.tensor([[0.5, 0, 0, 0.2, 0.3, 0]]))
 
 
@@ -104,7 +104,7 @@ def test_an_ffvt_picks_from_what_is_left_and_says_where_it_stood(criterion):
     left = (selection.score > 0).sum(-1)
     assert left.tolist() == [[17, 11, 11, 7]] * 3  # 1 + 16, 1 + 10, 1 + 10, 1 + 6
     for index, score in zip(selection.index.flatten(0, 1), selection.score.flatten(0, 1)):
-        patches = index[index > 0]
+        patches = index[index < 17]  # of 17 tokens; 17 is the fused one
         assert (score[patches] > 0).all(), "a token that was dropped cannot be picked"
         assert len(patches.unique()) == len(patches)
 
@@ -163,7 +163,10 @@ BAD = {
     "negative": (dict(keep_rate=0.5, locations=(-1,)), "locations must be"),
     "no integers": (dict(keep_rate=0.5, locations=(1.5,)), "locations must be integers"),
     "text": (dict(locations="3,6"), "locations must be integers"),
-    "history": (dict(keep_rate=0.5, criterion="psm"), "criterion must be maws, .*; got criterion='psm'"),
+    "history": (
+        dict(keep_rate=0.5, criterion="psm"),
+        "criterion must be one that does without .*; got criterion='psm'",
+    ),
     "a square": (dict(keep_rate=0.5, criterion="vote:3"), "criterion must be"),
     "transfg": (dict(keep_rate=0.5, head="transfg"), "keep_rate must be 1 with transfg"),
     "too few left": (dict(keep_rate=0.02, num_select=12), "num_select must be at most the .* tokens left"),
