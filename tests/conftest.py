@@ -35,7 +35,8 @@ def backend(request):
 def pytest_collection_modifyitems(items):
     """Large shapes are slow in Triton's interpreter, where the smaller ones take the same path."""
     for item in items:
-        if {"triton", "real"} <= set(item.callspec.id.split("-") if hasattr(item, "callspec") else ()):
+        names = set(item.callspec.id.split("-") if hasattr(item, "callspec") else ())
+        if "triton" in names and names & {"real", "prime"}:
             item.add_marker(pytest.mark.slow)
 
 

@@ -312,7 +312,12 @@ def test_a_model_trains_recomputes_and_prunes_alike(name):
         torch.testing.assert_close(other[2], results[0][2], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", criteria.names())
+QUICK = ("psm", "random", "similarity", "vote")  # of those that are compiled in `make test`
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in criteria.names()]
+)
 def test_a_model_compiles_in_one_graph(name):
     model, images = made(name), torch.randn(2, 3, 64, 64)
     logits, selection = model.forward_with_selection(images)

@@ -45,7 +45,7 @@ def test_a_run_appends_its_record_and_is_not_made_twice(tmp_path, capsys, monkey
         bench_criteria.main(["--steps", "3", "--seeds", "4", "--criteria", "vote", PLAIN, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted((line["criterion"], line["seed"]) for line in lines) == [(PLAIN, 4), ("vote", 4)]
-    assert "3 steps of 32" in lines[0]["parameters"]
+    assert "3 steps of 48" in lines[0]["parameters"]
 
 
 class InThisProcess:

@@ -37,28 +37,35 @@ def reduced_by_hand(vit, images):
         x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
         tables = rope if getattr(vit, "rope_mixed", False) else [rope] * len(vit.blocks)
         x = vit.norm_pre(x)
-        where = list(range(x.shape[1]))  # 0 for the token of those dropped, which is not rotated
+        where, dropped = list(range(x.shape[1])), x.shape[1]  # the number of the token of those dropped
         picked, chosen = [], []
+
+        def unrotated(tokens, dropped=dropped):
+            """The token of those dropped as the class token, which is not rotated either."""
+            return [token if token < dropped else 0 for token in tokens]
+
         for number, block in enumerate(vit.blocks[:-1]):
             with Watch() as watch:
-                x = block(x) if rope is None else block(x, rope=rows(tables[number], where, prefix))
+                x = block(x) if rope is None else block(x, rope=rows(tables[number], unrotated(where), prefix))
             ((logits, _),) = watch.calls
             index = select_top(maws_score(logits[:, :, 0], logits[..., 0]), PICKS, prefix)[0].tolist()
             picked.append(x[:, index])
             chosen.append([where[i] for i in index])
             if number in PLACES:
                 weight = logits[0, :, 0].softmax(-1).mean(0)
-                patches = [i for i in range(prefix, len(where)) if where[i]]
+                patches = [i for i in range(prefix, len(where)) if where[i] < dropped]
                 best = sorted(patches, key=lambda i: -weight[i])[: math.ceil(KEEP * len(patches))]
                 kept = [*range(prefix), *sorted(best)]
                 rest = [i for i in range(len(where)) if i not in kept]
                 x = torch.cat([x[:, kept], (weight[rest, None] * x[0, rest]).sum(0)[None, None]], dim=1)
-                where = [*(where[i] for i in kept), 0]
+                where = [*(where[i] for i in kept), dropped]
         fused = torch.cat([x[:, :1], *picked], dim=1)
         if rope is None:
             last = vit.blocks[-1](fused)
         else:
-            last = last_block(copy.deepcopy(vit), fused, tables[-1], torch.tensor(chosen).flatten())
+            last = last_block(
+                copy.deepcopy(vit), fused, tables[-1], torch.tensor([unrotated(some) for some in chosen]).flatten()
+            )
         found.append((getattr(vit, "fc_norm", nn.Identity())(vit.norm(last[:, 0])), torch.tensor([chosen])))
     features, index = zip(*found)
     return torch.cat(features), torch.cat(index), len(where)
@@ -138,4 +145,4 @@ def test_images_of_another_size_are_reduced_too():
     model = ffvt.add_feature_fusion(vit, PICKS, 5, keep_rate=KEEP, locations=PLACES)
     index, score = model.forward_with_selection(torch.randn(2, 3, 96, 64))[1]
     assert score.shape == (2, 4, 25)
-    assert index.max() < 25
+    assert index.max() <= 25  # 25 is the token of those dropped

@@ -97,6 +97,7 @@ def test_over_ranks_it_is_the_loss_of_the_whole_batch_and_gradients_average_to_i
 PAIRS = {"contrastive": True, "smoothing_value": 0.1, "learning_rate": 0.1, "num_steps": 8}
 
 
+@pytest.mark.slow
 def test_two_processes_with_the_contrastive_loss_train_as_one_does(tmp_path):
     options = {**SMALL, **PAIRS, "output_dir": str(tmp_path)}
     train(TrainOptions(**options, name="one"))
