@@ -166,12 +166,24 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     timings: dict[str, dict[str, Timing]] = {}
     for mode in MODES:
         timings[mode] = measure(cases[mode], arguments.rounds, arguments.warmup, device, None if timings else gate)
-    measured = [case for mode in MODES for case in cases[mode]]
-    peaks = iter([None] * len(measured) if arguments.skip_memory else peak_memory(measured, device))
+    return records_of(common, cases, timings, (EAGER, TIMM), arguments)
+
+
+def records_of(
+    common: dict[str, Any],
+    cases: dict[str, list[Case]],
+    timings: dict[str, dict[str, Timing]],
+    baselines: Sequence[str],
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A record per mode and rival: `common`, its times, its speed-up over every baseline, and its peak memory, for
+    which each runs once more, alone."""
+    measured = [case for mode in cases for case in cases[mode]]
+    peaks = iter([None] * len(measured) if arguments.skip_memory else peak_memory(measured, arguments.device))
     return [
         {**common, "mode": mode, **line, "peak_memory_bytes": next(peaks)}
-        for mode in MODES
-        for line in timing_fields(timings[mode])
+        for mode in cases
+        for line in timing_fields(timings[mode], baselines)
     ]
 
 
@@ -191,9 +203,9 @@ def common_fields(config: ffvt.FFVTConfig, arguments: argparse.Namespace) -> dic
     }
 
 
-def timing_fields(timings: dict[str, Timing]) -> list[dict[str, Any]]:
+def timing_fields(timings: dict[str, Timing], baselines: Sequence[str]) -> list[dict[str, Any]]:
     """One mode's numbers, a dict per rival."""
-    against = {baseline: speedups(timings, baseline) for baseline in (EAGER, TIMM)}
+    against = {baseline: speedups(timings, baseline) for baseline in baselines if baseline in timings}
     return [
         {
             "case": name,

@@ -32,9 +32,17 @@ import ffvt
 from benchmarks import model_rivals
 from benchmarks.attention_rivals import OURS
 from benchmarks.authors_transfg import AuthorsTransFG
-from benchmarks.bench_model import GATE_GRID, GATE_REL, MODES, QUICK, Workload, random_batch, sharpen_attention
-from benchmarks.harness import Case, make_parser, measure, require_close, require_equal, save, speedups, stamp
-from benchmarks.memory import peak_memory
+from benchmarks.bench_model import (
+    GATE_GRID,
+    GATE_REL,
+    MODES,
+    QUICK,
+    Workload,
+    random_batch,
+    records_of,
+    sharpen_attention,
+)
+from benchmarks.harness import Case, make_parser, measure, require_close, require_equal, save, stamp
 from benchmarks.model_rivals import OURS_PLAIN, TIMM
 from benchmarks.tables import render
 from ffvt.model.config import make_config
@@ -121,20 +129,7 @@ def run_stride(config: ffvt.FFVTConfig, arguments: argparse.Namespace) -> list[d
     check_agreement(config, device)
     cases = {mode: [Case(name, TransFGWorkload(name, mode, *shape)) for name in arguments.rivals] for mode in MODES}
     timings = {mode: measure(cases[mode], arguments.rounds, arguments.warmup, device) for mode in MODES}
-    measured = [case for mode in MODES for case in cases[mode]]
-    peaks = iter([None] * len(measured) if arguments.skip_memory else peak_memory(measured, device))
-    return [
-        {
-            **shared,
-            "mode": mode,
-            "case": name,
-            "time_ms": timing.to_dict(),
-            "speedup": {b: speedups(timings[mode], b)[name] for b in BASELINES if b in timings[mode]},
-            "peak_memory_bytes": next(peaks),
-        }
-        for mode in MODES
-        for name, timing in timings[mode].items()
-    ]
+    return records_of(shared, cases, timings, BASELINES, arguments)
 
 
 def common_fields(config: ffvt.FFVTConfig, arguments: argparse.Namespace) -> dict[str, Any]:

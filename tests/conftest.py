@@ -61,3 +61,12 @@ def photographs(tmp_path):
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     (tmp_path / "photos" / "train" / "a" / "notes.txt").write_text("not a picture")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def one_thread():
+    """The number of threads decides the order of sums, and so the rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

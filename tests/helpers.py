@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from benchmarks.oracle import explicit, rms, truth
 from ffvt.data.sampling import TrainingBatch
 from ffvt.model.config import make_config
 from ffvt.train.checkpoint import save_checkpoint
+from ffvt.train.optim import make_optimizer, make_scheduler
 from ffvt.train.options import TrainOptions
 from ffvt.train.runlog import read_log
 
 __all__ = [
     "explicit",
     "golden",
+    "golden_curve",
     "heads",
     "relative_error",
     "rms",
@@ -150,6 +152,29 @@ def write_checkpoint(
     facts = {"classes": list(classes), "resize_size": 72, "options": TrainOptions(**told).to_dict(), "step": 1}
     save_checkpoint(folder, 1, made.save_pretrained, facts, {"x": torch.zeros(1)}, {}, is_best=True)
     return folder
+
+
+def golden_curve(
+    model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], classes: int
+) -> tuple[list[float], list[float]]:
+    """The losses and rates of the 30 training steps that the golden files have, on the same drawn images.
+
+    loss_of: of images (4, 3, 64, 64) and labels (4,).
+    """
+    optimizer = make_optimizer("sgd", model, 0.03, 0.0)
+    scheduler = make_scheduler(optimizer, "cosine", 5, 30)
+    draw, losses, rates = np.random.default_rng(1), [], []
+    for _ in range(30):
+        images = torch.from_numpy(draw.standard_normal((4, 3, 64, 64), np.float32))
+        loss = loss_of(images, torch.from_numpy(draw.integers(0, classes, 4)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, rates
 
 
 def relative_error(found: Tensor | np.ndarray, expected: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import ffvt
-from benchmarks import bench_transfg
+from benchmarks import bench_model, bench_transfg
 from benchmarks.attention_rivals import OURS
 from benchmarks.authors_transfg import AuthorsTransFG, product_of_maps
 from benchmarks.bench_transfg import AUTHORS, BASELINES, RIVALS
@@ -62,7 +62,7 @@ def test_the_benchmark_writes_a_line_per_stride_rival_and_mode(
 ) -> None:
     pytest.importorskip("timm")
     # the pass for memory costs a second process; what it is given must travel to one
-    monkeypatch.setattr(bench_transfg, "peak_memory", lambda cases, device: [len(pickle.dumps(c)) for c in cases])
+    monkeypatch.setattr(bench_model, "peak_memory", lambda cases, device: [len(pickle.dumps(c)) for c in cases])
     out, threads = tmp_path / "transfg.jsonl", str(torch.get_num_threads())
     rounds = ["--rounds", "2", "--warmup", "0", "--batch_size", "2", "--threads", threads]
     bench_transfg.main(["--quick", *rounds, "--out", str(out)])

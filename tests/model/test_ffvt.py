@@ -11,8 +11,7 @@ import torch.nn.functional as F
 import ffvt
 from ffvt.kernels import backend_torch
 from ffvt.model.config import FFVTConfig, make_config
-from ffvt.train.optim import make_optimizer, make_scheduler
-from tests.helpers import golden, relative_error, tiny_model
+from tests.helpers import golden, golden_curve, relative_error, tiny_model
 
 both_ways = pytest.mark.parametrize("prune_dead_rows", [True, False])
 
@@ -80,36 +79,11 @@ def test_every_layer_picks_and_scores_as_the_authors_do(prune_dead_rows):
     assert relative_error(selection.score, arrays["scores"]) < 1e-5
 
 
-@pytest.fixture
-def one_thread():
-    """The number of threads decides the order of sums, and so the rounding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @both_ways
 @pytest.mark.usefixtures("one_thread")
 def test_thirty_training_steps_follow_the_authors_losses_and_rates(prune_dead_rows):
-    import numpy as np
-
     model, _, arrays = load_golden("tiny_fusion", prune_dead_rows=prune_dead_rows)
-    optimizer = make_optimizer("sgd", model, 0.03, 0.0)
-    scheduler = make_scheduler(optimizer, "cosine", 5, 30)
-    draw = np.random.default_rng(1)
-    losses, rates = [], []
-    for _ in range(30):
-        images = torch.from_numpy(draw.standard_normal((4, 3, 64, 64), np.float32))
-        labels = torch.from_numpy(draw.integers(0, 5, 4))
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses, rates = golden_curve(model, lambda images, labels: F.cross_entropy(model(images), labels), classes=5)
     assert rates == pytest.approx(arrays["train_lrs"].tolist(), rel=1e-6)
     # From step 13 on rounding has grown past 1e-5 whoever computes: the authors' form itself moves by 6e-5 between one
     # and two threads, and our fp64 run is 6e-4 away from the golden curve.
