@@ -42,7 +42,7 @@ def test_out_and_its_gradients_are_those_of_maws_attention_to_the_bit(backend, d
     skip_unserved(backend, dtype)
     if backend == "torch":
         pytest.skip("PyTorch's own attention does not promise equal bits")
-    q, k, v = heads((2, 131, 3, 32), dtype)
+    q, k, v = heads((1, 67, 2, 32), dtype)
     grad_out = torch.randn(q.shape).to(dtype)
     with ffvt.use_backend(backend):
         found, expected = ffvt.attention_stats(q, k, v, 0.2)[0], ffvt.maws_attention(q, k, v, 5, 0.2)[0]
