@@ -11,7 +11,7 @@ from ffvt import criteria
 from tests.helpers import heads, skip_unserved, tiny_model, worst
 
 SIDE, PREFIX = 4, 1
-SHAPE = (3, SIDE * SIDE + PREFIX, 4, 8)  # B, N, H, D
+SHAPE = (2, SIDE * SIDE + PREFIX, 2, 8)  # B, N, H, D
 SMALL = dict(image_size=64, embed_dim=32, depth=5, num_heads=4, mlp_dim=32, num_select=3, first_candidate=1)
 
 

@@ -57,6 +57,7 @@ def test_authors_form_refuses_what_the_authors_model_lacks(change: dict[str, Any
         AuthorsTransFG(dataclasses.replace(TRANSFG, **change))
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_line_per_stride_rival_and_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,7 +200,7 @@ def test_the_tiled_backward_of_other_devices_agrees_with_the_reference(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend, dtype):
     skip_unserved(backend, dtype)
-    q, k, v = heads((2, 9, 2, 8), dtype)
+    q, k, v = heads((2, 9, 1 if backend == "triton" else 2, 8), dtype)  # a head less: the interpreter is slow
     torch.library.opcheck(torch.ops.ffvt.maws_attention, (q, k, v, 3, 0.5, 1, backend))
     qkv = torch.stack([q, k, v], dim=2).detach().requires_grad_()
     torch.library.opcheck(torch.ops.ffvt.maws_attention_qkvpacked, (qkv, 3, 0.5, 1, backend))
@@ -259,7 +259,7 @@ def test_trains_under_ddp(backend, tmp_path):
 
 
 def test_two_runs_are_equal_to_the_bit(backend):
-    q, k, v = heads((2, 131, 3, 16))
+    q, k, v = heads((1, 131, 2, 16))
     with ffvt.use_backend(backend):
         runs = [ffvt.maws_attention(q, k, v, 12) for _ in range(2)]
         grads = [torch.autograd.grad(out.sin().sum(), (q, k, v)) for out, _, _ in runs]
