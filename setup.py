@@ -22,6 +22,7 @@ KERNELS = (
     "attention_vecmat",
     "gather_tokens",
     "augment",
+    "products",
     "register",
 )
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]

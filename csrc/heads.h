@@ -2,18 +2,49 @@
 
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <optional>
+#include <vector>
 
 #include "pack.h"
+#include "products.h"
 
 namespace ffvt {
 
 constexpr int64_t kTile = 64;  // queries of a tile
 static_assert(kTile == kPanel, "a tile of queries is one B operand");
-constexpr int64_t kBlock = 256;  // keys of a block
+constexpr int64_t kBlock = 256;  // most keys of a block
+
+// Keys [begin, end), in as few blocks as kBlock allows. Blocks, and parts for several threads, begin at multiples of
+// the step and differ by one step at most.
+template <typename operand_t>
+struct Keys {
+  static constexpr int64_t kStep = kDepthStep<operand_t>;
+  int64_t begin, end;
+  int64_t blocks() const { return (end - begin + kBlock - 1) / kBlock; }
+  Keys block(int64_t number) const { return part(number, blocks()); }
+  Keys part(int64_t number, int64_t parts) const { return {edge(number, parts), edge(number + 1, parts)}; }
+
+ private:
+  int64_t edge(int64_t number, int64_t parts) const {
+    const int64_t steps = (end - begin + kStep - 1) / kStep;
+    return std::min(end, begin + number * steps / parts * kStep);
+  }
+};
+
+// Calls function(begin, end) on ranges of the tasks, one for each thread, whose sizes differ by one at most; the
+// shorter ones come first.
+template <typename Function>
+inline void in_parts(int64_t tasks, const Function& function) {
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), tasks);
+  at::parallel_for(0, parts, 1,
+                   [&](int64_t begin, int64_t end) { function(begin * tasks / parts, end * tasks / parts); });
+}
 
 // Degree of the polynomial of 2^r, for results of this dtype.
 template <typename scalar_t>
@@ -86,6 +117,42 @@ inline void with_types(at::ScalarType dtype, const Kernel& kernel) {
     default:
       TORCH_CHECK_NOT_IMPLEMENTED(false, "ffvt: dtype must be fp16, bf16 or fp32; got ", dtype);
   }
+}
+
+// Runs `per_head` tasks of every head: run(worker, operands, head, task), on the operands that pack(operands, head,
+// first tile, end tile) has written. Where there are fewer heads than threads they are shared; else a thread packs
+// those of the heads that it comes to.
+template <typename operand_t, typename Worker, typename Operands, typename Sizes, typename Pack, typename Run>
+inline void run_on_heads(int64_t heads, int64_t per_head, const Sizes& sizes, const Pack& pack, const Run& run) {
+  const int64_t tiles = sizes.tiles();
+  std::vector<Operands> shared;
+  if (heads < at::get_num_threads()) {
+    for (int64_t head = 0; head < heads; ++head) {
+      shared.emplace_back(sizes);
+    }
+    in_parts(heads * tiles, [&](int64_t begin, int64_t end) {
+      const MatmulScope<operand_t> scope;
+      for (int64_t task = begin; task < end; ++task) {
+        pack(shared[task / tiles], task / tiles, task % tiles, task % tiles + 1);
+      }
+    });
+  }
+  in_parts(heads * per_head, [&](int64_t begin, int64_t end) {
+    const MatmulScope<operand_t> scope;
+    Worker worker(sizes);
+    std::optional<Operands> own;
+    if (shared.empty()) {
+      own.emplace(sizes);
+    }
+    for (int64_t task = begin, packed = -1; task < end; ++task) {
+      const int64_t head = task / per_head;
+      if (own && head != packed) {
+        pack(*own, head, 0, tiles);
+        packed = head;
+      }
+      run(worker, own ? *own : shared[head], head, task % per_head);
+    }
+  });
 }
 
 }  // namespace ffvt

@@ -64,7 +64,4 @@ at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& inde
 void augment(const at::Tensor& images, const at::Tensor& jitter, const at::Tensor& scale, const at::Tensor& shift,
              const at::Tensor& out);
 
-// Whether matrix products take bf16 operands on this CPU, in this build.
-bool multiplies_bf16();
-
 }  // namespace ffvt

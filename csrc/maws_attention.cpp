@@ -4,12 +4,12 @@
 // How: FlashAttention's forward, on transposed tiles: logits of a block of keys (down) by 64 queries (across), so that
 //   maximum, sum and rescaling go lane by lane without a reduction, the keys stay rows, and each tile and block costs
 //   two large products. Row and column are what a tile holds of key 0 and query 0.
-// Memory: per thread one head of k and of vT in the type of the products, and one tile; two lines (B, H, N) fp32.
-// Parallel: over (image, head, tile of queries), in one order; a thread packs a head when it comes to it.
+// Memory: per thread, or per head where there are fewer, one head of k and of vT in the type of the products; per
+//   thread one tile; two lines (B, H, N) fp32.
+// Parallel: over (image, head, tile of queries), in one order.
 // Limits: fp16, bf16, fp32; unit last stride.
 // Source: FFVT section 3.2; FlashAttention-2 (Dao, arXiv 2307.08691).
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -24,6 +24,7 @@ namespace {
 struct Sizes {
   int64_t tokens, head_dim;
   float scale;
+  int64_t tiles() const { return (tokens + kTile - 1) / kTile; }
 };
 
 // Where a head's results go. row and column may be null.
@@ -31,6 +32,43 @@ template <typename scalar_t>
 struct Results {
   Rows<scalar_t> out;
   float *lse, *row_max, *row, *column;
+};
+
+// A head's keys, and its values transposed, as the products read them.
+template <typename operand_t>
+class Operands {
+ public:
+  explicit Operands(Sizes sizes)
+      : n_(sizes.tokens),
+        d_(sizes.head_dim),
+        depth_(depth_of<operand_t>(d_)),
+        ld_values_(stride_of(n_)),
+        keys_(round_up(n_, kRowStep) * depth_),
+        values_(depth_ * ld_values_) {}
+
+  // Writes the tiles [begin, end) of tokens.
+  template <typename scalar_t>
+  void pack_tiles(Rows<const scalar_t> k, Rows<const scalar_t> v, int64_t begin, int64_t end) {
+    const Buffer<operand_t> rows(kTile * depth_);
+    const Buffer<float> scratch(kPair<operand_t> == 2 ? kTile * depth_ / 2 : 0);
+    for (int64_t first = begin * kTile; first < std::min(n_, end * kTile); first += kTile) {
+      const int64_t count = std::min(kTile, n_ - first);
+      copy_rows(k.from(first), count, d_, keys_ + first * depth_, depth_, round_up(count, kRowStep));
+      copy_rows(v.from(first), count, d_, static_cast<operand_t*>(rows), depth_, count);
+      transpose<operand_t>(rows, depth_, count, depth_, values_ + first, ld_values_, scratch);
+      if (first + count == n_) {
+        clear_columns<operand_t>(values_, ld_values_, depth_, n_);
+      }
+    }
+  }
+
+  const operand_t* key(int64_t token) const { return keys_ + token * depth_; }
+  const operand_t* value(int64_t token) const { return values_ + token; }
+  int64_t ld_values() const { return ld_values_; }
+
+ private:
+  const int64_t n_, d_, depth_, ld_values_;
+  Buffer<operand_t> keys_, values_;
 };
 
 template <typename scalar_t, typename operand_t>
@@ -41,43 +79,36 @@ class Forward {
         d_(sizes.head_dim),
         scale_(sizes.scale),
         depth_(depth_of<operand_t>(d_)),
-        ld_values_(stride_of(n_)),
-        value_rows_(n_ * depth_),
-        keys_(n_ * depth_),
-        values_(depth_ * ld_values_),
         query_rows_(kTile * depth_),
         queries_(kTile * depth_),
-        scratch_(kPair<operand_t> == 2 ? n_ * depth_ / 2 : 0),
         logits_(round_up(std::min(n_, kBlock), 32) * kTile),
         sums_(depth_ * kTile),
         transposed_(kTile * round_up(depth_, 16)) {}
 
-  void pack_head(Rows<const scalar_t> k, Rows<const scalar_t> v) {
-    copy_rows(k, n_, d_, static_cast<operand_t*>(keys_), depth_, n_);
-    copy_rows(v, n_, d_, static_cast<operand_t*>(value_rows_), depth_, n_);
-    transpose<operand_t>(value_rows_, depth_, n_, depth_, values_, ld_values_, scratch_);
-  }
-
-  void tile(Rows<const scalar_t> q, int64_t first, const Results<scalar_t>& results) {
+  void tile(const Operands<operand_t>& head, Rows<const scalar_t> q, int64_t first, const Results<scalar_t>& results) {
     const int64_t rows = std::min(kTile, n_ - first);
     if (rows > kTile / 2) {
-      tile_of<kTile>(q, first, rows, results);
+      tile_of<kTile>(head, q, first, rows, results);
     } else {
-      tile_of<kTile / 2>(q, first, rows, results);
+      tile_of<kTile / 2>(head, q, first, rows, results);
     }
   }
 
  private:
   template <int64_t lanes>
-  void tile_of(Rows<const scalar_t> q, int64_t first, int64_t rows, const Results<scalar_t>& results) {
+  void tile_of(const Operands<operand_t>& head, Rows<const scalar_t> q, int64_t first, int64_t rows,
+               const Results<scalar_t>& results) {
     copy_rows(q.from(first), rows, d_, static_cast<operand_t*>(query_rows_), depth_, lanes);
     pack_transposed<operand_t>(query_rows_, depth_, lanes, depth_, queries_);
     alignas(64) float row_max[lanes], sum[lanes];
     std::fill_n(row_max, lanes, -std::numeric_limits<float>::infinity());
     std::fill_n(sum, lanes, 0.0f);
-    for (int64_t key = 0; key < n_; key += kBlock) {
-      const int64_t block = std::min(kBlock, n_ - key);
-      matmul<operand_t>(block, lanes, depth_, keys_ + key * depth_, depth_, queries_, kPanel, logits_, kTile, false);
+    const Keys<operand_t> keys{0, n_};
+    for (int64_t number = 0; number < keys.blocks(); ++number) {
+      const auto [key, end] = keys.block(number);
+      const int64_t block = end - key;
+      matmul<operand_t>(round_up(block, kRowStep), lanes, depth_, head.key(key), depth_, queries_, kPanel, logits_,
+                        kTile, false);
       if (first == 0 && results.row) {
         for (int64_t i = 0; i < block; ++i) {
           results.row[key + i] = scale_ * logits_[i * kTile];
@@ -89,9 +120,8 @@ class Forward {
         }
       }
       softmax<lanes>(block, key > 0, row_max, sum);
-      matmul<operand_t>(d_, lanes, round_up(block, kDepthStep<operand_t>), values_ + key, ld_values_,
-                        reinterpret_cast<const operand_t*>(static_cast<float*>(logits_)), kPanel, sums_, kTile,
-                        key > 0);
+      matmul<operand_t>(d_, lanes, round_up(block, kDepthStep<operand_t>), head.value(key), head.ld_values(), powers_,
+                        kPanel, sums_, kTile, key > 0);
     }
     write<lanes>(first, rows, row_max, sum, results);
   }
@@ -130,6 +160,7 @@ class Forward {
     for (int v = 0; v < kVectors; ++v) {
       total[v].store(sum + v * kWidth);
     }
+    clear_rows(powers_, kPanel, round_up(block, kPair<operand_t>), round_up(block, kDepthStep<operand_t>));
   }
 
   template <int64_t lanes>
@@ -146,7 +177,6 @@ class Forward {
       }
     } else {
 #if defined(__AVX512BF16__)
-      operand_t* to = reinterpret_cast<operand_t*>(static_cast<float*>(logits_));
       for (int64_t i = 0; i < block; i += 2) {
         for (int v = 0; v < kVectors; ++v) {
           const float* place = logits_ + i * kTile + v * kWidth;
@@ -156,12 +186,9 @@ class Forward {
             odd = exp2_of_negative<kDegree>(factor * (Vec::loadu(place + kTile) - top[v]));
           }
           total[v] = total[v] + even + odd;
-          store_pairs(even, odd, to + i * kPanel + 2 * v * kWidth);
+          store_pairs(even, odd, powers_ + i * kPanel + 2 * v * kWidth);
         }
       }
-      const int64_t filled = round_up(block, 2);
-      std::memset(static_cast<void*>(to + filled * kPanel), 0,
-                  (round_up(block, kDepthStep<operand_t>) - filled) * kPanel * sizeof(operand_t));
 #endif
     }
   }
@@ -188,9 +215,10 @@ class Forward {
 
   const int64_t n_, d_;
   const float scale_;
-  const int64_t depth_, ld_values_;
-  Buffer<operand_t> value_rows_, keys_, values_, query_rows_, queries_;
-  Buffer<float> scratch_, logits_, sums_, transposed_;
+  const int64_t depth_;
+  Buffer<operand_t> query_rows_, queries_;
+  Buffer<float> logits_, sums_, transposed_;
+  operand_t* const powers_ = reinterpret_cast<operand_t*>(static_cast<float*>(logits_));
 };
 
 // row and column are logits, undefined where they are not wanted.
@@ -217,21 +245,17 @@ Attention attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
     const auto line_of = [&](const at::Tensor& t, int64_t head) {
       return t.defined() ? t.mutable_data_ptr<float>() + head * tokens : nullptr;
     };
-    const int64_t tiles = (tokens + kTile - 1) / kTile;
-    at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
-      const MatmulScope<operand_t> scope;
-      Forward<scalar_t, operand_t> forward({tokens, head_dim, static_cast<float>(scale)});
-      for (int64_t task = begin, packed = -1; task < end; ++task) {
-        const int64_t head = task / tiles;
-        if (head != packed) {
-          forward.pack_head(keys.head(head), values.head(head));
-          packed = head;
-        }
-        forward.tile(queries.head(head), task % tiles * kTile,
-                     {outs.head(head), line_of(made.lse, head), line_of(made.row_max, head), line_of(made.row, head),
-                      line_of(made.column, head)});
-      }
-    });
+    const Sizes sizes{tokens, head_dim, static_cast<float>(scale)};
+    run_on_heads<operand_t, Forward<scalar_t, operand_t>, Operands<operand_t>>(
+        batch * heads, sizes.tiles(), sizes,
+        [&](Operands<operand_t>& operands, int64_t head, int64_t begin, int64_t end) {
+          operands.pack_tiles(keys.head(head), values.head(head), begin, end);
+        },
+        [&](Forward<scalar_t, operand_t>& forward, const Operands<operand_t>& operands, int64_t head, int64_t tile) {
+          forward.tile(operands, queries.head(head), tile * kTile,
+                       {outs.head(head), line_of(made.lse, head), line_of(made.row_max, head), line_of(made.row, head),
+                        line_of(made.column, head)});
+        });
   });
   return made;
 }
@@ -261,14 +285,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> maws_atte
   const auto [out, lse, row_max, row, column] = attend(q, k, v, scale, /*with_lines=*/true);
   const auto [index, score] = select_from_lines(row, column, num_select, first_candidate);
   return {out, index, score, lse, row_max};
-}
-
-bool multiplies_bf16() {
-#if defined(__AVX512BF16__)
-  return bf16_products();
-#else
-  return false;
-#endif
 }
 
 }  // namespace ffvt

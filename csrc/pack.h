@@ -125,7 +125,7 @@ inline void pack(const operand_t* from, int64_t ld, int64_t rows, int64_t column
 }
 
 // rows x columns, row-major with `ld` -> columns x rows, row-major with `ld_to`: an A operand. `scratch` holds
-// columns / 2 x rows elements of 32 bits, for 16-bit operand_t. Zeros fill what is left of each of the new rows.
+// columns / 2 x rows elements of 32 bits, for 16-bit operand_t.
 template <typename operand_t>
 inline void transpose(const operand_t* from, int64_t ld, int64_t rows, int64_t columns, operand_t* to, int64_t ld_to,
                       float* scratch) {
@@ -150,9 +150,20 @@ inline void transpose(const operand_t* from, int64_t ld, int64_t rows, int64_t c
       }
     }
   }
-  for (int64_t j = 0; j < columns; ++j) {
-    std::memset(static_cast<void*>(to + j * ld_to + rows), 0, (ld_to - rows) * sizeof(operand_t));
+}
+
+// Zeros in the columns from `first` on of rows x ld.
+template <typename operand_t>
+inline void clear_columns(operand_t* to, int64_t ld, int64_t rows, int64_t first) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memset(static_cast<void*>(to + i * ld + first), 0, (ld - first) * sizeof(operand_t));
   }
+}
+
+// Zeros in the rows [first, end) of a matrix whose rows have ld elements.
+template <typename operand_t>
+inline void clear_rows(operand_t* to, int64_t ld, int64_t first, int64_t end) {
+  std::memset(static_cast<void*>(to + first * ld), 0, (end - first) * ld * sizeof(operand_t));
 }
 
 // The depth of a product over a head's dimensions: padded for the pairs of 16-bit operand_t, and for AMX.

@@ -2,7 +2,8 @@
 
 What: every operator on CPU tensors. The kernels are compiled once for every capability (setup.py); the best that the
 CPU, PyTorch (ATEN_CPU_CAPABILITY) and FFVT_CPU_CAPABILITY allow is loaded with this module, whose functions are the
-extension's own. Source of each kernel: see `csrc/`.
+extension's own. Products of bf16 tensors take bf16 operands or, widened, fp32 ones, whichever a timing of a few tiles
+shows to be faster on this CPU; FFVT_CPU_PRODUCTS forces one. Source of each kernel: see `csrc/`.
 Limits: x86 with AVX2; elsewhere this module cannot be imported, and the ImportError says why.
 """
 
@@ -20,6 +21,7 @@ from ffvt import _C
 
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2")  # each includes those behind it
 VARIABLE = "FFVT_CPU_CAPABILITY"
+PRODUCTS_VARIABLE = "FFVT_CPU_PRODUCTS"
 _OF_PYTORCH = {"AVX512": "avx512_bf16", "AVX2": "avx2"}  # how PyTorch's capability begins: the most of ours it allows
 
 
@@ -52,7 +54,26 @@ def _load() -> ModuleType:
     raise ImportError(f"not built: {'; '.join(errors)}")
 
 
+def force_products(operands: str) -> None:
+    """The operands of products of bf16 tensors from now on: "bf16", "fp32" (widened), or "auto", the faster.
+
+    Raises:
+        ValueError: another name, or "bf16" where this CPU or this build does not multiply bf16.
+    """
+    KERNELS.force_products(operands)
+
+
+def products() -> str:
+    """The operands that products of bf16 tensors take now: "bf16" or "fp32"."""
+    return "bf16" if KERNELS.bf16_products() else "fp32"
+
+
 KERNELS = _load()
+if os.environ.get(PRODUCTS_VARIABLE):
+    try:
+        force_products(os.environ[PRODUCTS_VARIABLE])
+    except ValueError as error:
+        raise ImportError(f"{PRODUCTS_VARIABLE}: {error}") from None
 maws_attention_forward = KERNELS.maws_attention_forward
 maws_attention_backward = KERNELS.maws_attention_backward
 attention_stats_forward = KERNELS.attention_stats_forward
@@ -63,9 +84,15 @@ gather_tokens_backward = KERNELS.gather_tokens_backward
 augment = KERNELS.augment
 
 
-def facts() -> dict[str, str | bool]:
-    """The capability that is used, and whether bf16 is multiplied as it is (else in fp32)."""
-    return {"capability": KERNELS.__name__.rpartition("_cpu_")[2], "multiplies_bf16": KERNELS.multiplies_bf16()}
+def facts() -> dict[str, str | dict[str, float]]:
+    """The capability that is used, the operands of products of bf16 tensors, and the GFLOP/s of one thread with each of
+    them in tiles of the kernels (0.0: not there, not right, or oneDNN is switched off)."""
+    bf16, fp32 = KERNELS.product_rates()
+    return {
+        "capability": KERNELS.__name__.rpartition("_cpu_")[2],
+        "bf16_products": products(),
+        "product_gflops": {"bf16": round(bf16, 1), "fp32": round(fp32, 1)},
+    }
 
 
 def missing() -> list[str]:
