@@ -4,14 +4,13 @@
 // How: logits of a block of queries (down) by 64 keys (across), so that y stands in vectors and what belongs to a query
 //   is one scalar for all lanes; a tile is weighed as soon as it is made. Where lse is not given, the tiles of all keys
 //   of a block are made first and stay in L2: they give lse, and are then weighed, so that products are made once.
-// Memory: per thread one head of k in the type of the products and the tiles of one block; per head up to kGroups
-//   lines of N.
+// Memory: per thread, or per head where there are fewer, one head of k in the type of the products; per thread the
+//   tiles of one block; per head up to kGroups lines of N.
 // Parallel: over (image, head, group of queries). The split and the order in which the groups are added depend on N
 //   alone, so the result does not depend on the number of threads.
 // Limits: as maws_attention.
 // Source: the part selection of TransFG (He et al., arXiv 2103.07976), which multiplies whole maps instead.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -32,46 +31,62 @@ constexpr int64_t kLogits = 128 * 1024;  // elements of a block's logits that le
 struct Sizes {
   int64_t tokens, head_dim;
   float scale;
+  bool whole_rows;  // the logits of all keys of a block are kept, as they must be where lse is not given
   int64_t width() const { return round_up(tokens, 16); }  // of a line of y
   int64_t tiles() const { return (tokens + kTile - 1) / kTile; }
   int64_t groups() const { return std::min(kGroups, (tiles() + kGroupTiles - 1) / kGroupTiles); }
 };
 
+// A head's keys, transposed, in panels of kPanel.
+template <typename operand_t>
+class Operands {
+ public:
+  explicit Operands(Sizes sizes)
+      : n_(sizes.tokens), d_(sizes.head_dim), depth_(depth_of<operand_t>(d_)), keys_(sizes.tiles() * kPanel * depth_) {}
+
+  // Writes the tiles [begin, end) of tokens.
+  template <typename scalar_t>
+  void pack_tiles(Rows<const scalar_t> k, int64_t begin, int64_t end) {
+    const Buffer<operand_t> key_rows(kPanel * depth_);
+    for (int64_t key = begin * kPanel; key < std::min(n_, end * kPanel); key += kPanel) {
+      const int64_t rows = std::min(kPanel, n_ - key), lanes = round_up(rows, 16);
+      copy_rows(k.from(key), rows, d_, static_cast<operand_t*>(key_rows), depth_, lanes);
+      pack_transposed<operand_t>(key_rows, depth_, lanes, depth_, keys_ + key * depth_);
+    }
+  }
+
+  const operand_t* key(int64_t token) const { return keys_ + token * depth_; }
+
+ private:
+  const int64_t n_, d_, depth_;
+  Buffer<operand_t> keys_;
+};
+
 template <typename scalar_t, typename operand_t>
 class Vecmat {
  public:
-  // whole_rows: the logits of all keys of a block are kept, as they must be where lse is not given.
-  Vecmat(Sizes sizes, bool whole_rows)
+  explicit Vecmat(Sizes sizes)
       : n_(sizes.tokens),
         d_(sizes.head_dim),
         width_(sizes.width()),
         depth_(depth_of<operand_t>(d_)),
-        rows_(whole_rows ? std::clamp<int64_t>(kLogits / width_ / 16 * 16, 16, kRows) : kRows),
-        whole_rows_(whole_rows),
+        rows_(sizes.whole_rows ? std::clamp<int64_t>(kLogits / width_ / 16 * 16, 16, kRows) : kRows),
+        whole_rows_(sizes.whole_rows),
         factor_(sizes.scale * kLog2E),
-        key_rows_(kPanel * depth_),
-        keys_(sizes.tiles() * kPanel * depth_),
         queries_(rows_ * depth_),
-        logits_(rows_ * (whole_rows ? round_up(n_, kPanel) : kPanel)) {}
-
-  void pack_keys(Rows<const scalar_t> k) {
-    for (int64_t key = 0; key < n_; key += kPanel) {
-      const int64_t rows = std::min(kPanel, n_ - key), lanes = round_up(rows, 16);
-      copy_rows(k.from(key), rows, d_, static_cast<operand_t*>(key_rows_), depth_, lanes);
-      pack_transposed<operand_t>(key_rows_, depth_, lanes, depth_, keys_ + key * depth_);
-    }
-  }
+        logits_(rows_ * (whole_rows_ ? round_up(n_, kPanel) : kPanel)) {}
 
   // y of the queries [begin, end). Without weights only the products are made.
-  void group(Rows<const scalar_t> q, const float* weights, const float* lse, int64_t begin, int64_t end, float* y) {
+  void group(const Operands<operand_t>& head, Rows<const scalar_t> q, const float* weights, const float* lse,
+             int64_t begin, int64_t end, float* y) {
     std::fill_n(y, width_, 0.0f);
     for (int64_t first = begin; first < end; first += rows_) {
       const int64_t rows = std::min(rows_, end - first);
-      copy_rows(q.from(first), rows, d_, static_cast<operand_t*>(queries_), depth_, rows);
+      copy_rows(q.from(first), rows, d_, static_cast<operand_t*>(queries_), depth_, round_up(rows, kRowStep));
       if (whole_rows_) {
-        block_of_rows(rows, weights + first, y);
+        block_of_rows(head, rows, weights + first, y);
       } else {
-        block_of_tiles(rows, weights ? weights + first : nullptr, lse ? lse + first : nullptr, y);
+        block_of_tiles(head, rows, weights ? weights + first : nullptr, lse ? lse + first : nullptr, y);
       }
     }
   }
@@ -83,27 +98,28 @@ class Vecmat {
   // The lanes of a tile that begins with this key, those past the end included.
   int64_t lanes_of(int64_t key) const { return std::min(kPanel, width_ - key); }
 
-  void multiply(int64_t rows, int64_t key, float* tile) {
-    matmul<operand_t>(rows, lanes_of(key), depth_, queries_, depth_, keys_ + key * depth_, kPanel, tile, kPanel, false);
+  void multiply(const Operands<operand_t>& head, int64_t rows, int64_t key, float* tile) {
+    matmul<operand_t>(round_up(rows, kRowStep), lanes_of(key), depth_, queries_, depth_, head.key(key), kPanel, tile,
+                      kPanel, false);
   }
 
-  void block_of_tiles(int64_t rows, const float* weights, const float* lse, float* y) {
+  void block_of_tiles(const Operands<operand_t>& head, int64_t rows, const float* weights, const float* lse, float* y) {
     if (lse) {
       for (int64_t i = 0; i < rows; ++i) {
         log_sum_[i] = lse[i] * kLog2E;
       }
     }
     for (int64_t key = 0; key < n_; key += kPanel) {
-      multiply(rows, key, logits_);
+      multiply(head, rows, key, logits_);
       if (weights) {
         weigh</*powers=*/false>(rows, weights, key, logits_, y + key);
       }
     }
   }
 
-  void block_of_rows(int64_t rows, const float* weights, float* y) {
+  void block_of_rows(const Operands<operand_t>& head, int64_t rows, const float* weights, float* y) {
     for (int64_t key = 0; key < n_; key += kPanel) {
-      multiply(rows, key, logits_ + key * rows);
+      multiply(head, rows, key, logits_ + key * rows);
     }
     float* last = logits_ + n_ / kPanel * kPanel * rows;
     for (int64_t i = 0; i < rows; ++i) {
@@ -185,7 +201,7 @@ class Vecmat {
   const bool whole_rows_;
   const float factor_;
   float weights_[kRows], log_sum_[kRows];  // of a block's queries
-  Buffer<operand_t> key_rows_, keys_, queries_;
+  Buffer<operand_t> queries_;
   Buffer<float> logits_;
 };
 
@@ -207,25 +223,22 @@ void add_groups(Sizes sizes, int64_t heads, const float* sums, float* y) {
 
 // y of every head; or, where weights and y are null, the products alone.
 void walk(const at::Tensor& q, const at::Tensor& k, float scale, const float* weights, const float* lse, float* y) {
-  const Sizes sizes{q.size(1), q.size(3), scale};
+  const Sizes sizes{q.size(1), q.size(3), scale, /*whole_rows=*/weights && !lse};
   const int64_t heads = q.size(0) * q.size(2), groups = sizes.groups(), tiles = sizes.tiles();
   with_types(q.scalar_type(), [&]<typename scalar_t, typename operand_t>() {
     const auto queries = heads_of<const scalar_t>(q), keys = heads_of<const scalar_t>(k);
     const Buffer<float> sums(heads * groups * sizes.width());
-    at::parallel_for(0, heads * groups, 1, [&](int64_t begin, int64_t end) {
-      const MatmulScope<operand_t> scope;
-      Vecmat<scalar_t, operand_t> vecmat(sizes, /*whole_rows=*/weights && !lse);
-      for (int64_t task = begin, packed = -1; task < end; ++task) {
-        const int64_t head = task / groups, group = task % groups, line = head * sizes.tokens;
-        if (head != packed) {
-          vecmat.pack_keys(keys.head(head));
-          packed = head;
-        }
-        vecmat.group(queries.head(head), weights ? weights + line : nullptr, lse ? lse + line : nullptr,
-                     group * tiles / groups * kTile, std::min(sizes.tokens, (group + 1) * tiles / groups * kTile),
-                     sums + task * sizes.width());
-      }
-    });
+    run_on_heads<operand_t, Vecmat<scalar_t, operand_t>, Operands<operand_t>>(
+        heads, groups, sizes,
+        [&](Operands<operand_t>& operands, int64_t head, int64_t begin, int64_t end) {
+          operands.pack_tiles(keys.head(head), begin, end);
+        },
+        [&](Vecmat<scalar_t, operand_t>& vecmat, const Operands<operand_t>& operands, int64_t head, int64_t group) {
+          const int64_t line = head * sizes.tokens;
+          vecmat.group(operands, queries.head(head), weights ? weights + line : nullptr, lse ? lse + line : nullptr,
+                       group * tiles / groups * kTile, std::min(sizes.tokens, (group + 1) * tiles / groups * kTile),
+                       sums + (head * groups + group) * sizes.width());
+        });
     if (y) {
       add_groups(sizes, heads, sums, y);
     }
