@@ -22,6 +22,7 @@ KERNELS = (
     "attention_vecmat",
     "gather_tokens",
     "augment",
+    "dropout",
     "products",
     "register",
 )

@@ -59,6 +59,9 @@ at::Tensor gather_tokens_forward(const at::Tensor& x, const at::Tensor& index);
 // grad (B, K, C), index (B, K) -> (B, N, C); a token picked twice receives the sum.
 at::Tensor gather_tokens_backward(const at::Tensor& grad, const at::Tensor& index, int64_t num_tokens);
 
+// x, contiguous, with each element zeroed with probability p, as the seed, one int64, says; the others over 1 - p.
+at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p);
+
 // images (B, 3, H, W) uint8 -> out (B, 3, H, W) fp32, both contiguous. jitter (B, 4) fp32: factors of brightness,
 // contrast and saturation, and the number 0 to 5 of their order; empty for none. scale, shift (3,) fp32.
 void augment(const at::Tensor& images, const at::Tensor& jitter, const at::Tensor& scale, const at::Tensor& shift,

@@ -18,6 +18,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("gather_tokens_forward", torch::wrap_pybind_function_no_gil(ffvt::gather_tokens_forward));
   module.def("gather_tokens_backward", torch::wrap_pybind_function_no_gil(ffvt::gather_tokens_backward));
   module.def("augment", torch::wrap_pybind_function_no_gil(ffvt::augment));
+  module.def("dropout", torch::wrap_pybind_function_no_gil(ffvt::dropout));
   module.def("bf16_products", &ffvt::bf16_products, "Whether products of bf16 tensors take bf16; else fp32, widened.");
   module.def("force_products", &ffvt::force_products,
              "The operands of these products: bf16, fp32, or auto, the faster.");

@@ -82,6 +82,7 @@ maws_select_forward = KERNELS.maws_select_forward
 gather_tokens_forward = KERNELS.gather_tokens_forward
 gather_tokens_backward = KERNELS.gather_tokens_backward
 augment = KERNELS.augment
+dropout = KERNELS.dropout
 
 
 def facts() -> dict[str, str | dict[str, float]]:

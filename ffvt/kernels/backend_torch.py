@@ -25,6 +25,7 @@ from ffvt.kernels.reference import maws_score
 TILE = 128  # query rows at a time, where a walk over tiles makes what SDPA does not
 
 augment = reference.augment  # element by element: nothing to make faster
+dropout = reference.dropout
 
 
 def missing() -> list[str]:

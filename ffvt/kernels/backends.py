@@ -92,6 +92,10 @@ class Backend(Protocol):
     def gather_tokens_backward(self, grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
         """The gradient (B, N, C) of x; a token picked twice receives the sum."""
 
+    def dropout(self, x: Tensor, seed: Tensor, p: float) -> Tensor:
+        """x, contiguous, with each element zeroed where a hash of seed (one int64 on the CPU) and of its place is below
+        p, 0 <= p < 1; the others over 1 - p."""
+
     def augment(self, images: Tensor, jitter: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         """Colour jitter and normalisation of images (B, 3, H, W) uint8 into out, fp32, contiguous. jitter (B, 4) fp32:
         factors of brightness, contrast and saturation, and the number of their order in `reference.ORDERS`; empty for
@@ -173,6 +177,12 @@ def _load_reasons(backend: str) -> list[str]:
 def _missing(backend: str) -> list[str]:
     """Why the backend can serve no call on this machine."""
     return _load_reasons(backend) or _load(backend).missing()
+
+
+@torch.compiler.assume_constant_result
+def cpp_serves() -> bool:
+    """Whether the C++ kernels serve calls on CPU tensors: they are there, and no other backend is forced."""
+    return forced_backend() in (AUTO, "cpp") and not _missing("cpp")
 
 
 def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> None:

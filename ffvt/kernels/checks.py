@@ -132,6 +132,15 @@ def check_scale(name: str, scale: float | None) -> None:
         raise ValueError(f"{name}: scale must be at most {MAX_SCALE:.3g}, the range of fp32; got scale={scale}")
 
 
+def check_dropout(name: str, x: Tensor, seed: Tensor, p: float) -> None:
+    check_dtype(name, "x", x)
+    if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device.type not in ("cpu", "meta"):
+        got = f"seed.shape={tuple(seed.shape)}, seed.dtype={seed.dtype}, seed.device={seed.device}"
+        raise ValueError(f"{name}: seed must be one int64 on the CPU; got {got}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: p must be in [0, 1); got p={p}")
+
+
 def check_statistics(name: str, q: Tensor, **tensors: Tensor) -> None:
     """One fp32 number (fp64 for fp64 inputs) a query: (B, H, N), for q (B, N, H, D)."""
     batch, num_tokens, heads, _ = q.shape

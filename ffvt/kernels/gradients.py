@@ -47,6 +47,16 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.ffvt.gather_tokens_backward(grad, index, ctx.num_tokens, ctx.backend), None, None
 
 
+def _dropout_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, seed, ctx.p, ctx.backend = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.ffvt.dropout(grad, seed, ctx.p, ctx.backend), None, None, None
+
+
 def _no_second_gradient(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError("ffvt: the operators have a first gradient only; got a second differentiation of one")
 
@@ -59,5 +69,6 @@ def register(library: torch.library.Library) -> None:
         )
     torch.library.register_autograd("ffvt::attention_stats", _stats_backward, setup_context=_stats_setup, lib=library)
     torch.library.register_autograd("ffvt::gather_tokens", _gather_backward, setup_context=_gather_setup, lib=library)
+    torch.library.register_autograd("ffvt::dropout", _dropout_backward, setup_context=_dropout_setup, lib=library)
     for name in ("maws_attention", "maws_attention_qkvpacked", "gather_tokens"):
         torch.library.register_autograd(f"ffvt::{name}_backward", _no_second_gradient, lib=library)

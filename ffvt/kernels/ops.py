@@ -188,6 +188,27 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return torch.ops.ffvt.gather_tokens(x, index, forced_backend())
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout that keeps no mask: the backward makes it again, from a seed that the forward draws.
+
+    Args:
+        x: any shape, fp16, bf16, fp32 or fp64.
+        p: probability that an element becomes zero, 0 <= p < 1; the others are divided by 1 - p.
+
+    Returns:
+        The shape and dtype of x, contiguous. Carries a gradient to x.
+
+    Raises:
+        ValueError: p is outside. TypeError: x is not floating point.
+
+    The seed comes from PyTorch's default generator of the CPU, so `torch.manual_seed` and its saved state decide the
+    masks, on any number of threads. They are others than those of `torch.nn.functional.dropout`.
+    """
+    check_tensors("dropout", x=x)
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return torch.ops.ffvt.dropout(x, seed, p, forced_backend())
+
+
 def _selection(name: str, num_select: int, scale: float | None, first_candidate: int) -> tuple[int, float | None, int]:
     num_select = as_int(name, "num_select", num_select)
     return num_select, as_scale(name, scale), as_int(name, "first_candidate", first_candidate)

@@ -148,6 +148,29 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tens
     return (one_hot.mT @ grad.to(one_hot.dtype)).to(grad.dtype)
 
 
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x with each element zeroed with probability p, as the seed, one int64, says; the others over 1 - p."""
+    words = seed.to(x.device)
+    low, high = words & _WORD, (words >> 32) & _WORD
+    place = torch.arange(x.numel(), device=x.device)
+    first = _mix((place & _WORD) ^ ((low + _mix(place >> 32)) & _WORD))
+    stays = _mix((first + high) & _WORD) >= min(int(p * 2**32), _WORD)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (stays / (1 - p)).to(wide.dtype).view(x.shape)).to(x.dtype)
+
+
+_WORD = 2**32 - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32, a hash of 32-bit integers (C. Wellons' hash prospector)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
 def augment(images: Tensor, jitter: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """Colour jitter and normalisation of images (B, 3, H, W) uint8 into out, fp32, contiguous.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ffvt.kernels import flops, gradients
 from ffvt.kernels.backends import resolve
 from ffvt.kernels.checks import (
+    check_dropout,
     check_gather,
     check_heads,
     check_scale,
@@ -267,6 +268,21 @@ def _gather_tokens_backward_fake(grad: Tensor, index: Tensor, num_tokens: int, b
     return grad.new_empty(grad.shape[0], num_tokens, grad.shape[2])
 
 
+# dropout
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    refuse_tangents("dropout", x=x)
+    check_dropout("dropout", x, seed, p)
+    return resolve("dropout", backend, x).dropout(x.contiguous(), seed, p)
+
+
+def _dropout_fake(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    refuse_forward_mode("dropout")
+    check_dropout("dropout", x, seed, p)
+    return x.new_empty(x.shape)
+
+
 _SELECT = "SymInt num_select, float? scale, SymInt first_candidate, str backend"
 _HEADS = "Tensor q, Tensor k, Tensor v"
 _SAVED = "Tensor out, Tensor lse, Tensor row_max, float? scale, str backend"
@@ -296,6 +312,7 @@ _OPERATORS = {
         _gather_tokens_backward,
         _gather_tokens_backward_fake,
     ),
+    "dropout(Tensor x, Tensor seed, float p, str backend) -> Tensor": (_dropout, _dropout_fake),
 }
 
 

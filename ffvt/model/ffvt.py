@@ -25,6 +25,7 @@ from ffvt.model.layers import (
     MLP,
     Block,
     ClassBlock,
+    Dropout,
     ObservedBlock,
     PatchEmbed,
     PrunedSelectingBlock,
@@ -60,7 +61,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self._make_blocks(config)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(dim, config.num_classes)

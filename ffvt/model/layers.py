@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ffvt.criteria import Layer
 from ffvt.errors import as_integer, require
-from ffvt.kernels.ops import attention_stats, gather_tokens, maws_attention_qkvpacked, maws_select
+from ffvt.kernels.backends import cpp_serves
+from ffvt.kernels.ops import attention_stats, dropout, gather_tokens, maws_attention_qkvpacked, maws_select
 from ffvt.model.config import FFVTConfig
 
 LAYER_NORM_EPS = 1e-6
@@ -177,6 +178,16 @@ class ObservedAttention(Attention):
         return self.merge_heads(out), Layer(q.detach(), k.detach(), v.detach(), stats)
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps no mask where the C++ kernels serve. Elsewhere PyTorch's own is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drops = self.training and self.p > 0
+        if drops and x.device.type == "cpu" and x.dtype != torch.float64 and cpp_serves():
+            return dropout(x, self.p)
+        return super().forward(x)
+
+
 class MLP(nn.Module):
     """Two linear layers with an exact GELU between, dropout after each."""
 
@@ -184,7 +195,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ffvt.criteria import find
+from ffvt.kernels.backends import cpp_serves
 from ffvt.model.config import FFVTConfig
 from ffvt.model.cost import (
     BlockRows,
@@ -20,6 +21,7 @@ from ffvt.precision import BYTES
 FP32 = 4  # bytes
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2}  # fp32, of a parameter's size: momentum; two moments
 MASK_ON_CUDA = 1  # bytes of a dropout mask's element; on a CPU it has the type of what it masks
+SEED = 8  # bytes that the C++ kernels keep instead of a mask
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def saved_activations(
     found |= _head_tensors(config, blocks[-1], element)
     casts["head.weight cast"] = config.embed_dim * config.num_classes
     saved = {name: batch_size * size for name, size in found.items()}
+    if config.dropout and _keeps_seeds(device):
+        recomputed = sum(rows.recomputed for rows in blocks) if config.gradient_checkpointing else 0
+        saved["dropout seeds"] = SEED * (1 + 2 * (len(blocks) - recomputed))
     return saved if element == FP32 else saved | {name: element * count for name, count in casts.items()}
 
 
@@ -111,7 +116,7 @@ def saved_activations(
 
 def _embedding_tensors(config: FFVTConfig, element: int, device: str) -> dict[str, int]:
     tensors = {"pixels": element * 3 * config.image_size**2}
-    if config.dropout:
+    if config.dropout and not _keeps_seeds(device):
         tensors["embedding mask"] = _mask(FP32, device) * config.num_tokens * config.embed_dim
     return tensors
 
@@ -159,7 +164,7 @@ def _mlp_tensors(config: FFVTConfig, rows: BlockRows, element: int, device: str)
         "gelu input": element * computed * hidden,
         "fc2 input": element * computed * hidden,
     }
-    if config.dropout:
+    if config.dropout and not _keeps_seeds(device):
         tensors["hidden mask"] = _mask(element, device) * computed * hidden
         tensors["output mask"] = _mask(element, device) * computed * dim
     if config.layer_scale is not None:
@@ -174,6 +179,11 @@ def _head_tensors(config: FFVTConfig, last: BlockRows, element: int) -> dict[str
         "norm mean and deviation": 2 * FP32,
         "norm output": element * dim,
     }
+
+
+def _keeps_seeds(device: str) -> bool:
+    """Whether dropout makes its masks again in the backward."""
+    return device == "cpu" and cpp_serves()
 
 
 def _mask(element: int, device: str) -> int:
@@ -231,7 +241,8 @@ def _history(config: FFVTConfig, blocks: list[BlockRows], element: int) -> int:
 
 def _mlp_temporary(config: FFVTConfig, rows: BlockRows, element: int) -> int:
     """Bytes of one image in flight in the backward of fc2: the gradients of the residual stream, of fc2's output where
-    that is another tensor, and of its input. The output's mask has just gone, but is counted among the activations."""
+    that is another tensor, and of its input. Where there is a mask of the output it has just gone, but is counted among
+    the activations."""
     dim = config.embed_dim
     own = element * dim if element != FP32 or config.dropout else 0
     return rows.computed * (FP32 * dim + own + element * config.mlp_dim)

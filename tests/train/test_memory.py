@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import ffvt
 from ffvt.data.transforms import PLAIN
 from ffvt.model.config import make_config
 from ffvt.model.ffvt import create_model
 from ffvt.train.distributed import World
-from ffvt.train.memory import saved_activations, training_memory
+from ffvt.train.memory import SEED, saved_activations, training_memory
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
 from ffvt.train.step import Preparation, training_step
@@ -62,15 +63,27 @@ def test_each_saved_tensor_is_one_that_autograd_keeps():
     config = small_config()
     sizes = []
     for name, size in saved_activations(config, 3).items():
-        sizes += [size // 2] * 2 if name.endswith("mean and deviation") else [size]
+        count = 2 if name.endswith("mean and deviation") else size // SEED if name == "dropout seeds" else 1
+        sizes += [size // count] * count
     assert sorted(sizes) == bytes_kept_by_autograd(config, 3, "fp32")
 
 
-def test_masks_take_one_byte_on_cuda():
+def test_masks_of_pytorch_take_a_byte_on_cuda_and_an_element_on_a_cpu():
     config = small_config()
-    on_cpu, on_cuda = (saved_activations(config, 2, "bf16", device) for device in ("cpu", "cuda"))
+    with ffvt.use_backend("torch"):
+        on_cpu, on_cuda = (saved_activations(config, 2, "bf16", device) for device in ("cpu", "cuda"))
     assert on_cpu["block 0 hidden mask"] == 2 * on_cuda["block 0 hidden mask"]
     assert {name for name in on_cpu if on_cpu[name] != on_cuda[name]} == {name for name in on_cpu if "mask" in name}
+
+
+def test_masks_of_pytorch_are_counted_to_the_byte_too():
+    config = small_config()
+    with ffvt.use_backend("torch"):
+        counted = saved_activations(config, 3)
+        kept = bytes_kept_by_autograd(config, 3, "fp32")
+    row_max = sum(size for name, size in counted.items() if name.endswith("row_max"))  # zeros here, of stride zero
+    assert sum(counted.values()) - row_max <= sum(kept) <= sum(counted.values())
+    assert any("mask" in name for name in counted)
 
 
 def measured_peak(state, batch):
@@ -150,11 +163,11 @@ def test_memory_grows_with_all_that_costs_some():
     ]
     less = [
         training_memory(replace(config, gradient_checkpointing=True), 8, precision="bf16"),
-        training_memory(replace(config, dropout=0.0), 8, precision="bf16"),
-        training_memory(config, 8, precision="bf16", device="cuda"),
     ]
     assert all(memory.total > base for memory in more)
     assert all(memory.total < base for memory in less)
+    with_masks = training_memory(config, 8, precision="bf16", device="cuda")
+    assert training_memory(replace(config, dropout=0.0), 8, precision="bf16", device="cuda").total < with_masks.total
 
 
 @pytest.mark.parametrize(
