@@ -53,10 +53,11 @@ def _side_by_side(pairs: Sequence[tuple[Record, str]]) -> str:
     columns = dict(zip(("dtype", "parameters", "what is compared"), zip(*rows)))
     told = {name: labels for name, labels in columns.items() if name == "dtype" or len(set(labels)) > 1}
     cells = [_cells(found, cpus, modes) for found in rows.values()]
-    body = [[*labels, *of_cpus] for labels, of_cpus in zip(zip(*told.values()), cells)]
+    lines = [[*labels, *of_cpus] for labels, of_cpus in zip(zip(*told.values()), cells)]
     what = "" if "what is compared" in told else f", {columns['what is compared'][0]}"
     caption = "; ".join(filter(None, (f"Speed-up on every CPU{what} ({' / '.join(modes)})", _words(shared))))
-    return f"**{caption}.** The tables of each CPU follow.\n\n{table([*told, *cpus], 'l' * len(told) + 'r' * len(cpus), body)}"
+    body = table([*told, *cpus], "l" * len(told) + "r" * len(cpus), lines)
+    return f"**{caption}.** The tables of each CPU follow.\n\n{body}"
 
 
 def _cells(pairs: Iterable[tuple[Record, str]], cpus: Sequence[str], modes: Sequence[str]) -> list[str]:
