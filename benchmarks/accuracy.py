@@ -20,7 +20,7 @@ import torch
 import ffvt
 from benchmarks.harness import RESULTS, append_results, environment
 from benchmarks.oracle import explicit, rms, truth
-from benchmarks.tables import render_error_ratios
+from benchmarks.outcome_tables import render_error_ratios
 from ffvt.precision import PRECISIONS, dtype_of
 
 SHAPES = ((2, 7, 3, 32), (1, 129, 2, 32), (1, 197, 3, 80), (1, 66, 2, 96), (2, 64, 1, 128), (1, 577, 2, 64))  # B N H D

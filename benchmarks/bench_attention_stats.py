@@ -28,7 +28,7 @@ import ffvt
 from benchmarks.attention_rivals import OURS
 from benchmarks.harness import Case, make_parser, measure, require_close, require_equal, save, speedups, stamp
 from benchmarks.problem import Problem
-from benchmarks.tables import render
+from benchmarks.timing_tables import render
 from ffvt.precision import PRECISIONS
 
 WITHOUT_LINES = "without statistics"

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import criteria_screen
 from benchmarks.harness import RESULTS, append_results, stamp
-from benchmarks.tables import render_criteria
+from benchmarks.outcome_tables import render_criteria
 from ffvt import criteria
 from ffvt.train.engine import train
 from ffvt.train.flags import parse_training_flags

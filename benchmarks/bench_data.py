@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.harness import Case, measure, require_close, save, speedups, stamp
-from benchmarks.tables import render
+from benchmarks.timing_tables import render
 from ffvt.data.datasets import CachedPictures, PictureFiles
 from ffvt.data.layout_readers import Listing
 from ffvt.data.mixing import Mixing

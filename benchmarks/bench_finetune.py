@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import append_results, environment
-from benchmarks.tables import render_accuracies
+from benchmarks.outcome_tables import render_accuracies
 from ffvt.train.runlog import LOG_FILE, read_log
 
 VARIANTS = {

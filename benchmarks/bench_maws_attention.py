@@ -46,7 +46,7 @@ from benchmarks.harness import (
     stamp,
 )
 from benchmarks.problem import Problem
-from benchmarks.tables import render_attention
+from benchmarks.timing_tables import render_attention
 from ffvt.precision import PRECISIONS
 
 FORWARDS_OF = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # the work of a mode, in forwards

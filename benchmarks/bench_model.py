@@ -44,7 +44,7 @@ from benchmarks.harness import (
 )
 from benchmarks.memory import peak_memory
 from benchmarks.model_rivals import FUSION, PLAIN, TIMM, backend_of, build_rival
-from benchmarks.tables import render_table
+from benchmarks.timing_tables import render_table
 from ffvt.model.config import make_config
 from ffvt.precision import PRECISIONS, autocast
 

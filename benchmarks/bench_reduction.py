@@ -32,7 +32,7 @@ import ffvt
 from benchmarks.bench_model import random_batch, sharpen_attention
 from benchmarks.harness import Case, make_parser, measure, require_close, require_equal, save, speedups, stamp
 from benchmarks.model_rivals import build_timm_vit
-from benchmarks.tables import render
+from benchmarks.timing_tables import render
 from ffvt.model.config import make_config
 from ffvt.model.cost import count_flops
 from ffvt.model.ffvt import from_config

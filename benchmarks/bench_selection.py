@@ -29,7 +29,7 @@ from benchmarks.attention_rivals import OURS, flash_colreduce
 from benchmarks.cuda_timing import FORMS, measure_form, prepare
 from benchmarks.harness import make_parser, require_close, require_equal, save, speedups, stamp
 from benchmarks.problem import Problem
-from benchmarks.tables import render
+from benchmarks.timing_tables import render
 from ffvt.kernels import backend_torch
 from ffvt.precision import PRECISIONS
 

@@ -44,7 +44,7 @@ from benchmarks.bench_model import (
 )
 from benchmarks.harness import Case, make_parser, measure, require_close, require_equal, save, stamp
 from benchmarks.model_rivals import OURS_PLAIN, TIMM
-from benchmarks.tables import render
+from benchmarks.timing_tables import render
 from ffvt.model.config import make_config
 from ffvt.precision import PRECISIONS
 

@@ -42,8 +42,8 @@ from benchmarks.ceilings import copy_peak, matmul_peak
 from benchmarks.gpu_summary import of, summary
 from benchmarks.harness import ROOT, append_results, describe_error, stamp
 from benchmarks.model_rivals import OURS_PLAIN, TIMM
+from benchmarks.outcome_tables import render_error_ratios
 from benchmarks.problem import Problem
-from benchmarks.tables import render_error_ratios
 from ffvt.model.config import make_config
 
 HEADS = {64: 12, 80: 16, 128: 8}  # by head dimension: those of ViT-B, ViT-H, and a wide head

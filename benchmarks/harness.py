@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.devices import cpu_facts
 from ffvt.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CPU_FLAG_PREFIXES = ("amx", "avx", "fma", "f16c")
 NOT_SERVED = (ImportError, RuntimeError, ValueError, TypeError)  # what a rival raises where it cannot serve
 
 
@@ -184,16 +184,15 @@ def stamp(benchmark: str, device: str) -> dict[str, Any]:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What the numbers depend on: device, CPU flags, driver, versions, commit, threads, load before the run."""
-    is_cuda = device == "cuda"
+    """What the numbers depend on: device, CPU, driver, versions, commit, threads, load before the run."""
+    is_cuda, cpu = device == "cuda", cpu_facts()
     return {
         "device": device,
-        "device_name": torch.cuda.get_device_name() if is_cuda else _cpu_name(),
+        "device_name": torch.cuda.get_device_name() if is_cuda else cpu["cpu_name"],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_cuda else None,
         "cuda": torch.version.cuda if is_cuda else None,
-        "cpu_name": _cpu_name(),
+        **cpu,
         "cpu_count": os.cpu_count(),
-        "cpu_flags": _cpu_flags(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -202,24 +201,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         **{package: _version(package) for package in ("torch", "triton", "timm")},
         "commit": _commit(),
     }
-
-
-def _cpuinfo(field: str) -> str:
-    """One field of the first processor in /proc/cpuinfo, "" where that cannot be read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return sorted(flag for flag in flags if flag.startswith(CPU_FLAG_PREFIXES))
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,8 @@
 
 Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for every
 benchmark NAME found, on the one page that has it. One table per device, dtype and set of parameters; in it the latest
-line of each mode and rival wins. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios`
+line of each mode and rival wins. Lines of another CPU add tables of their own, and from two CPUs on a table with a
+column for each stands before them. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios`
 one of error ratios; lines with `tried` one of counts; lines with `criterion` one of criteria. Other lines are passed
 over.
 """
@@ -16,11 +17,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.cpu_columns import render_cpu_columns
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.tables import Record, grouped, renderer
+from benchmarks.outcome_tables import render_accuracies, render_counts, render_criteria, render_error_ratios
+from benchmarks.tables import Record, grouped
+from benchmarks.timing_tables import render, render_attention
 
 
 class ReportError(RuntimeError):
@@ -47,6 +51,24 @@ def read_results(folder: Path) -> list[Record]:
     return records
 
 
+def section(records: Sequence[Record]) -> str:
+    """The tables of one benchmark: all CPUs at a glance, then each device's own."""
+    return "\n\n".join(filter(None, (render_cpu_columns(records), renderer(records[0])(records))))
+
+
+def renderer(record: Record) -> Callable[[Sequence[Record]], str]:
+    """What makes the tables of records of this kind."""
+    if "ratios" in record:
+        return render_error_ratios
+    if "tried" in record:
+        return render_counts
+    if "criterion" in record:
+        return render_criteria
+    if "gflops" in record:
+        return render_attention
+    return render if "time_ms" in record else render_accuracies
+
+
 def update(pages: Mapping[Path, str], records: Iterable[Record]) -> dict[Path, str]:
     """The pages' texts with the section of every benchmark among the records replaced.
 
@@ -56,11 +78,10 @@ def update(pages: Mapping[Path, str], records: Iterable[Record]) -> dict[Path, s
     pages = dict(pages)
     for name, found in grouped(records, lambda record: record["benchmark"]).items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-        section = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        tables = renderer(found[0])(found)
-        body, pairs = f"{begin}\n{tables}\n{end}", 0
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        body, pairs = f"{begin}\n{section(found)}\n{end}", 0
         for path, text in pages.items():
-            pages[path], count = section.subn(lambda _match, body=body: body, text)
+            pages[path], count = pattern.subn(lambda _match, body=body: body, text)
             pairs += count
         if pairs != 1:
             raise ReportError(f"report: one page must hold {begin} and {end} once, in this order; found {pairs} pairs")

@@ -10,7 +10,7 @@ import ffvt
 from benchmarks import bench_criteria, criteria_screen
 from benchmarks.bench_criteria import PLAIN, missing
 from benchmarks.criteria_screen import prepare
-from benchmarks.tables import render_criteria
+from benchmarks.outcome_tables import render_criteria
 from ffvt.data.datasets import open_split
 from ffvt.data.sampling import EvaluationView
 from ffvt.data.transforms import normalize
@@ -18,7 +18,8 @@ from tests.data.layout_fixtures import picture
 
 
 def record(name, seed, accuracy=0.5, hit_rate=None, parameters="tiny"):
-    where = {"device_name": "a CPU", "torch": "2", "commit": "abc"}
+    cpu = {"device": "cpu", "cpu_name": "a chip", "cpu_flags": [], "cpu_capability": "AVX2"}
+    where = {**cpu, "torch": "2", "commit": "abc"}
     scores = {"accuracy": accuracy, "hit_rate": hit_rate}
     return {"environment": where, "parameters": parameters, "criterion": name, "seed": seed, **scores}
 
@@ -31,7 +32,7 @@ def test_what_is_recorded_is_not_run_again():
 def test_the_table_has_a_row_per_criterion_the_best_first():
     runs = [record("maws", 0, 0.5, 0.2), record("maws", 1, 0.7, 0.4), record(PLAIN, 0, 0.8)]
     lines = render_criteria(runs).splitlines()
-    assert lines[0] == "**tiny.** a CPU, torch 2, commit abc."
+    assert lines[0] == "**tiny.** a chip (AVX2, no AMX), torch 2, commit abc."
     assert lines[4] == "| plain ViT | 0.800 | - | 0.800 to 0.800 | - | 1 |"
     assert lines[5] == "| maws | 0.600 | 0.141 | 0.500 to 0.700 | 0.300 | 2 |"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_maws_attention, tables
+from benchmarks import bench_maws_attention, timing_tables
 from benchmarks.attention_rivals import COMPILED, OURS, RIVALS, authors_eager
 from benchmarks.bench_maws_attention import measure_problem
 from benchmarks.harness import DisagreementError
@@ -29,7 +29,7 @@ def test_the_attention_benchmark_writes_every_mode_and_rival_and_its_gate_can_fa
         (dtype, mode, name) for dtype in ("fp32", "bf16") for mode in modes for name in rivals
     ]
     assert all(record["gflops"] > 0 and record["matmul_gflops"] == 80 for record in records)
-    rows = tables.render_attention(records).splitlines()[-2:]
+    rows = timing_tables.render_attention(records).splitlines()[-2:]
     assert rows[0].startswith("| fp32 | 1, 37, 16 | ")
     assert rows[1].startswith("| bf16 | 1, 37, 16 | ")
     monkeypatch.setitem(RIVALS["cpu"], "SDPA alone", lambda qkv, k: (1.01 * qkv[:, :, 2], None))

@@ -108,3 +108,15 @@ def test_a_quick_run_writes_only_where_it_is_asked_to(tmp_path, monkeypatch) -> 
     for _ in range(2):
         save([{"a": 2}], parser.parse_args([]), "x.jsonl")
     assert (tmp_path / "results" / "x.jsonl").read_text().splitlines() == ['{"a": 2}'] * 2
+
+
+def test_results_are_appended_and_what_a_file_holds_stays(tmp_path) -> None:
+    out = tmp_path / "results" / "x.jsonl"
+    parser = make_parser(None, rounds=5, warmup=1)
+    before = b""
+    for name in ("here", "there", "here"):
+        save([{"cpu": name}, {"cpu": name}], parser.parse_args(["--out", str(out)]), "x.jsonl")
+        after = out.read_bytes()
+        assert after.startswith(before)
+        assert after[len(before) :] == 2 * f'{{"cpu": "{name}"}}\n'.encode()
+        before = after
