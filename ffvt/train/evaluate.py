@@ -133,7 +133,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with ExitStack() as stack:  # no rank runs the model, or leaves, unless all do
+        # eager: a compiled model would be compiled anew for evaluation, and again for the size of its last batch
+        with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+            # no rank runs the model, or leaves, unless all do
             loader = loading(shard, default_collate, workers, batch_size=batch_size)
             batches = world.on_all(lambda: stack.enter_context(loader))
             for _ in range(0, len(range(0, len(view), world.size)), batch_size):  # as many as the longest shard has

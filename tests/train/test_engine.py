@@ -75,6 +75,15 @@ def test_a_compiled_run_trains_as_an_eager_one_does(tmp_path):
     assert "compiled" not in " ".join(load_checkpoint(runs[1].folder / "last").model.state_dict())
 
 
+@pytest.mark.slow
+def test_a_compiled_run_is_compiled_once_whatever_batches_come(tmp_path):
+    """Not again for evaluation, nor for its last batch, nor for the parts of a batch."""
+    torch.compiler.reset()
+    changes = dict(feature_fusion=False, ema_decay=0.0, eval_every=2, eval_batch_size=7, num_steps=5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(faults.options(tmp_path, "compiled", compile=True, gradient_accumulation_steps=2, **changes))
+
+
 def test_tensorboard_gets_what_the_log_gets(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
