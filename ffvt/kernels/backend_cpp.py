@@ -63,6 +63,13 @@ def force_products(operands: str) -> None:
     KERNELS.force_products(operands)
 
 
+def take_products(operands: str) -> None:
+    """`force_products`, but for what FFVT_CPU_PRODUCTS forces and for what this CPU cannot do."""
+    forced = os.environ.get(PRODUCTS_VARIABLE, "auto") != "auto"
+    if not forced and (operands == "fp32" or KERNELS.product_rates()[0] > 0):
+        force_products(operands)
+
+
 def products() -> str:
     """The operands that products of bf16 tensors take now: "bf16" or "fp32"."""
     return "bf16" if KERNELS.bf16_products() else "fp32"

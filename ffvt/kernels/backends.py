@@ -193,6 +193,17 @@ def _announce(operator: str, device: str, name: str, passed_over: list[str]) -> 
         log.log(level, "%s on %s: served by %s%s", operator, device, name, why)
 
 
+def cpu_products() -> str | None:
+    """The operands that the C++ kernels multiply bf16 tensors with, "bf16" or "fp32"; None without those kernels."""
+    return None if _missing("cpp") else _load("cpp").products()
+
+
+def set_cpu_products(operands: str) -> None:
+    """Has the C++ kernels multiply bf16 tensors with "bf16" or "fp32" operands, unless FFVT_CPU_PRODUCTS says which or
+    the CPU does not multiply bf16: `cpu_products` tells."""
+    _load("cpp").take_products(operands)
+
+
 def extension_info() -> dict[str, Any]:
     """What the compiled extension `ffvt._C` says of its build and of this CPU, or why it is missing."""
     try:

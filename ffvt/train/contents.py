@@ -106,7 +106,7 @@ STATE = record(
         "best": optional(record(_SCORE)),
         "generators": array(record({"python": _PYTHON_GENERATOR, "numpy": _NUMPY_GENERATOR}), 1, 2**16),
     },
-    may={"optimizer_tensors": integer()},
+    may={"optimizer_tensors": integer(), "cpu_products": optional(only("bf16", "fp32"))},
 )
 _NOT_ABOVE = {  # counter -> the counter that it cannot exceed
     "skipped": "step",

@@ -55,12 +55,12 @@ def text(longest: int = 1000) -> Kind:
     return check
 
 
-def only(expected: str) -> Kind:
-    """One text."""
+def only(*expected: str) -> Kind:
+    """One of some texts."""
 
     def check(key: str, value: Any) -> None:
-        if value != expected:
-            raise Unfit(key, repr(expected), value)
+        if value not in expected:
+            raise Unfit(key, " or ".join(map(repr, expected)), value)
 
     return check
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ffvt.model.registry import config_of, load_weights, model_of
+from ffvt.train.cpu_products import agree_on_products, keep_products, products_of
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
 from ffvt.train.fit import check_tensors, part_of
@@ -65,6 +66,7 @@ class TrainState:
         self.best_step = self.evaluated_step = 0
         self.last: Score | None = None
         self.best: Score | None = None
+        agree_on_products(options.autocast_precision, world)
         seed_everything(options.seed + world.rank)  # the weights are the same on every rank, the dropout masks are not
 
     @property
@@ -100,6 +102,7 @@ class TrainState:
             "last": self.last.summary() if self.last else None,
             "best": self.best.summary() if self.best else None,
             "generators": generators,
+            "cpu_products": products_of(self.options.autocast_precision, self.world),
             "optimizer_tensors": sum(name.startswith("optimizer/") for name in tensors),
         }
         return model, tensors, plain
@@ -125,6 +128,7 @@ class TrainState:
             found = torch.tensor(plain["meter"], dtype=torch.float64)  # older versions had fewer sums
             self.meter.sums[: len(found)] = found.to(self.meter.sums)
         self.last, self.best = (Score.from_summary(plain[name]) if plain[name] else None for name in ("last", "best"))
+        keep_products(plain.get("cpu_products"), self.options.autocast_precision, self.world)
         self._restore_generators(plain, tensors)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:

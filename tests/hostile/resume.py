@@ -39,6 +39,7 @@ STATE = {  # key -> bad values
     "skipped_in_a_row": [-1, 3],
     "best_step": [ABSENT, "../../etc", -1, 0, 9, 10**9],
     "evaluated_step": [-2, 7, None],
+    "cpu_products": ["fp16", "auto", 3, []],
     "world_size": [ABSENT, 0, -1, 10**9, 2, "1"],
     "schedule_steps": [ABSENT, -3, 5, "4"],
     "scaler": [None, [], {"scale": 0}, {"scale": 65536.0}, {"scale": -1.0}, {"scal": 1.0}],
