@@ -18,6 +18,11 @@ COMPARED: dict[str, tuple[tuple[str, str], ...]] = {  # benchmark -> (case, the 
     "selection": ((OURS, "PyTorch operators"),),
     "attention_stats": ((OURS, "without statistics"), (OURS, "map in PyTorch")),
     "reduction": tuple((f"{name}, keep 0.7", "every token") for name in ("plain ViT", "FFVT", "fused timm ViT")),
+    "cpu_kernels": (
+        ("bf16, bf16 products, 2 threads", "fp32 with as many threads"),
+        ("bf16, fp32 products, 2 threads", "fp32 with as many threads"),
+        ("fp32, 2 threads", "itself with one thread"),
+    ),
     "data": (("ours, cached", "authors' chain"), ("ours, decoding each time", "authors' chain")),
 }
 
