@@ -32,6 +32,7 @@ NAMES = {"ffvt": "FFVT", "transfg": "TransFG", "vit": "plain ViT"}
 MEASURED_ON = "ViT-B/16 at 448, bf16, 2 CPU cores; not measured on a GPU yet"
 MAX_BATCH = 1 << 20
 PRODUCTS = "  products alone, the rest on top"  # a row of the table
+ALONE = "products alone: an estimate from below, at the whole rate of matrix products"
 GRADIENTS = "gradients: of those there are at the peak, which is early in the backward"
 
 
@@ -193,16 +194,18 @@ def describe_plan(
     if json:
         found = {key: one and asdict(one) for key, one in zip((options.head, "plain_vit"), plans.values())}
         return to_json({"precision": precision, "matmul_rates": rates, **found})
+    shown = f"{precision} (auto)" if options.precision == AUTO else precision
     title = (
-        f"{options.model_type} at {options.img_size} px, {precision}, {options.optimizer}, {device}, "
+        f"{options.model_type} at {options.img_size} px, {shown}, {options.optimizer}, {device}, "
         f"{USABLE:.0%} of {available / 2**30:.1f} GiB; memory at the peak of a step"
     )
     fractions = " and ".join(f"{found.efficiency:.0%}" for found in plans.values() if found)
     source = "measured here" if tflops is None else "given"
     reached = f"reached on {MEASURED_ON}" if efficiency is None else "given"
-    basis = f"{fractions} of {rate / 1e12:.3g} TFLOP/s of matmul ({source}); fraction {reached}. Products alone: at the whole rate."
+    basis = f"{fractions} of {rate / 1e12:.3g} TFLOP/s of matmul ({source}); fraction {reached}."
     measured = f"{rates_line(rates, device, options.fsdp)}\n" if rates else ""
-    return f"{title}\n{_table(list(plans.values()), name, options)}\n{GRADIENTS}\n{measured}images/s and times: {basis}"
+    table = _table(list(plans.values()), name, options)
+    return f"{title}\n{table}\n{GRADIENTS}\n{measured}images/s and times: {basis}\n{ALONE}"
 
 
 def _table(plans: list[Plan | None], name: str, options: TrainOptions) -> str:
