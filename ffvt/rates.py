@@ -1,7 +1,7 @@
 """How fast this machine multiplies matrices in each precision, and which precision therefore trains fastest.
 
-No rule of thumb tells: products in bf16 run at half the rate of fp32 on some CPUs, at twice on others, at eight times
-with AMX. Importing this does not import torch.
+No rule of thumb tells: on some CPUs products in bf16 run at half the rate of fp32, on others at twice, with AMX at
+more. Importing this does not import torch.
 """
 
 from __future__ import annotations

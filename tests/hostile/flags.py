@@ -98,7 +98,6 @@ USAGE_CASES = (
     ("evaluate", "--checkpoint"),
     ("evaluate --checkpoint x --precision int8", "int8"),
     ("evaluate --checkpoint x --precision auto", "auto"),
-    ("plan --precision auto --tflops 1", "precision='auto'"),
     ("evaluate --checkpoint x --batch_size many", "many"),
     ("predict", "--checkpoint"),
     ("predict --checkpoint x --top many y.jpg", "--top"),
