@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_plot_flags(add(plot, "compare training runs in one figure"))
     _add_plan_flags(add(plan, "predict the largest batch and the images per second of training"))
     _add_doctor_flags(add(doctor, "check a data set on disk: layout, counts, images, duplicates, leaks"))
-    add(info, "show which backend each device uses, and why one is missing")
+    add(info, "show which backend each device uses, why one is missing, and the rates of matrix products")
     return parser
 
 
@@ -251,5 +251,9 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def info(arguments: argparse.Namespace) -> None:
     import ffvt
+    from ffvt.rates import matmul_rates
 
-    print(json.dumps(ffvt.info(), indent=2))
+    found = ffvt.info()
+    device = "cuda" if found["devices"]["cuda"]["serves"] else "cpu"
+    gflops = {name: round(rate / 1e9, 1) for name, rate in matmul_rates(device).items()}
+    print(json.dumps({**found, "matmul_gflops": gflops}, indent=2))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PRECISIONS = tuple(TORCH_NAMES)
+AUTO = "auto"  # in the place of one: what trains fastest on the machine, see rates.py
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of an element computed under autocast
 
 

@@ -158,6 +158,7 @@ def test_info_is_json_and_says_what_serves():
     info = json.loads(shown)
     assert info["devices"]["cpu"]["serves"] in ("cpp", "torch")
     assert info["devices"]["cpu"]["serves"] == "torch" or info["backends"]["cpp"] == "available"
+    assert info["matmul_gflops"]["fp32"] > 0
 
 
 COMMANDS = ("demo", "train", "evaluate", "predict", "visualize", "export", "plot", "plan", "doctor", "info")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 import torch
 
 from ffvt.kernels.backends import info
+from ffvt.rates import fastest_precision, rates_line, rates_text
 from ffvt.train.data import Data
 from ffvt.train.options import TrainOptions
 from ffvt.train.state import TrainState
 
 HIGH_ADAMW_RATE = 5e-3  # AdamW moves every weight by about the learning rate; SGD's usual rates are far larger
+MUCH_FASTER = 1.5  # times the rate of fp32: worth a note to who trains in it
 SMALL_SET = 20_000  # images, the largest of the authors' data sets has about as many
 
 
-def announcement(state: TrainState, data: Data) -> str:
-    """The model, the images and the schedule of a run, in three lines."""
+def announcement(state: TrainState, data: Data, rates: Mapping[str, float]) -> str:
+    """The model, the images and the schedule of a run, and the rates of matrix products here, in four lines."""
     options, world = state.options, state.world
     parameters = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
     validation = "" if data.test is data.validation else f"{len(data.validation):,} {data.validation_split}, "
@@ -29,7 +32,8 @@ def announcement(state: TrainState, data: Data) -> str:
         f"data: {options.dataset}, {len(data.train):,} training, {validation}{len(data.test):,} {options.eval_split} "
         f"images, {len(data.classes):,} classes\n"
         f"schedule: {options.num_steps:,} steps of {batch} images{ranks}, {epochs:.1f} epochs, in "
-        f"{options.autocast_precision} on {_device(world.device)}"
+        f"{options.autocast_precision} on {_device(world.device)}\n"
+        f"{rates_line(rates, world.device.type, options.fsdp)}"
     )
 
 
@@ -74,3 +78,21 @@ def advice(options: TrainOptions, images: int) -> list[str]:
             "--recipe finetune: --last_block pretrained --first_candidate 1 --dropout 0"
         )
     return found
+
+
+def precision_advice(
+    options: TrainOptions, rates: Mapping[str, float], device: str, is_resumed: bool = False
+) -> list[str]:
+    """The precision that would train faster than the one chosen, in a line: than a short one whose products are slower
+    than fp32's, or much faster than fp32.
+
+    rates: of matrix products by precision. device: "cpu" or "cuda". is_resumed: auto would change nothing then.
+    """
+    chosen, fastest = options.autocast_precision, fastest_precision(rates, device, options.fsdp)
+    is_slow = rates[chosen] < rates["fp32"]
+    is_missed = chosen == "fp32" and rates[fastest] >= MUCH_FASTER * rates["fp32"]
+    if not (is_slow or is_missed):
+        return []
+    ways = f"--precision {fastest}" + " or auto" * (not is_resumed) + " without --fp16" * options.fp16
+    both = rates_text({name: rates[name] for name in (chosen, fastest)})
+    return [f"matrix products run at {both} here: {ways} trains faster"]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ffvt.data.sampling import EvaluationView, TrainingBatch
-from ffvt.precision import dtype_of
 from ffvt.progress import Progress
+from ffvt.rates import matmul_rates
 from ffvt.train.agreement import check_data, check_options
+from ffvt.train.auto_precision import settle_precision
 from ffvt.train.data import Data, open_data
 from ffvt.train.distributed import join_world
 from ffvt.train.evaluate import Score, evaluate
@@ -25,7 +26,7 @@ from ffvt.train.run_folder import RunFolder
 from ffvt.train.signals import Stopped, StopRequest, stop_on_signals
 from ffvt.train.state import TrainState
 from ffvt.train.step import Preparation, training_step
-from ffvt.train.throughput import Throughput, measure_matmul_flops
+from ffvt.train.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ def train(options: TrainOptions) -> TrainResult:
         with RunFolder(options, world) as run:
             started = time.perf_counter()
             torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+            rates = world.on_main(lambda: matmul_rates(world.device))
+            options = settle_precision(options, run.checkpoint, rates, world)
             data = world.on_all(lambda: open_data(options))
             check_data(data, world)
             world.on_main(lambda: data.check_images(options.skip_bad_images))
             in_steps = options.in_steps(len(data.train), world.size)
-            state = TrainState(in_steps, world, len(data.classes), is_resumed=run.is_resumed)
-            peak_flops = measure_matmul_flops(world.device, dtype_of(options.autocast_precision))
-            run.start(state, data, facts_of(in_steps, world, data, peak_flops))
-            lines = LogLines(run.log, state, data, peak_flops)
+            state = TrainState(in_steps, world, len(data.classes), is_resumed=run.checkpoint is not None)
+            run.start(state, data, facts_of(in_steps, world, data, rates))
+            lines = LogLines(run.log, state, data, rates)
             lines.start()
 
             stopped = signal = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ffvt.data.datasets import describe
 from ffvt.errors import printable
 from ffvt.model.registry import training_flops
-from ffvt.train.announcement import advice, announcement
+from ffvt.train.announcement import advice, announcement, precision_advice
 from ffvt.train.data import Data
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
@@ -27,8 +27,8 @@ log = logging.getLogger("ffvt")
 NAMED = 3  # images that a message names
 
 
-def facts_of(options: TrainOptions, world: World, data: Data, peak_flops: float) -> dict[str, Any]:
-    """What a run is: its first line. peak_flops: operations per second of large matrix products here."""
+def facts_of(options: TrainOptions, world: World, data: Data, rates: Mapping[str, float]) -> dict[str, Any]:
+    """What a run is: its first line. rates: FLOP/s of matrix products here, by precision."""
     return {
         "options": options.to_dict(),
         "world_size": world.size,
@@ -36,7 +36,8 @@ def facts_of(options: TrainOptions, world: World, data: Data, peak_flops: float)
         "eval_images": len(data.validation),
         "classes": len(data.classes),
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
-        "matmul_flops": peak_flops,
+        "matmul_flops": rates[options.autocast_precision],
+        "matmul_rates": dict(rates),
         "versions": {"ffvt": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
@@ -44,21 +45,23 @@ def facts_of(options: TrainOptions, world: World, data: Data, peak_flops: float)
 class LogLines:
     """Writes the lines of one run; all ranks call every method, as sums go over all of them."""
 
-    def __init__(self, to: RunLog, state: TrainState, data: Data, peak_flops: float) -> None:
-        self.log, self.state, self.data = to, state, data
+    def __init__(self, to: RunLog, state: TrainState, data: Data, rates: Mapping[str, float]) -> None:
+        self.log, self.state, self.data, self.rates = to, state, data, rates
         self.flops_per_image = training_flops(state.model)
-        self.peak_flops = peak_flops * state.world.size
+        self.peak_flops = rates[state.options.autocast_precision] * state.world.size
         self.warned: set[str] = set()  # of this rank
         self.written: set[str] = set()
         self.unwritten: list[tuple[str, int]] = []  # of this rank: an image, the step
 
     def start(self) -> None:
         """What the run is, for people."""
-        if not self.state.world.is_main:
+        state, options = self.state, self.state.options
+        if not state.world.is_main:
             return
-        for line in announcement(self.state, self.data).splitlines():
+        for line in announcement(state, self.data, self.rates).splitlines():
             log.info("%s", line)
-        for line in advice(self.state.options, len(self.data.train)):
+        faster = precision_advice(options, self.rates, state.world.device.type, is_resumed=state.step > 0)
+        for line in [*advice(options, len(self.data.train)), *faster]:
             log.warning("note: %s", line)
 
     def training(self, rate: float, throughput: Throughput) -> None:

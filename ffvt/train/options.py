@@ -13,7 +13,7 @@ from typing import Any
 from ffvt.data.layouts import DATASETS, canonical_name
 from ffvt.errors import require
 from ffvt.model.config import AUTHORS_NAMES, HEADS, LAST_BLOCKS, PRESETS
-from ffvt.precision import PRECISIONS
+from ffvt.precision import AUTO, PRECISIONS
 from ffvt.train.limits import are_numbers, as_tuple, is_integer, keeps_limit
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -219,7 +219,12 @@ class TrainOptions:
         1, "parts into which a batch is split", SCHEDULE, authors=True, at_least=1
     )
 
-    precision: str = option("fp32", "precision of the forward under autocast", SPEED, choices=PRECISIONS)
+    precision: str = option(
+        "fp32",
+        "precision of the forward under autocast; auto: the fastest here, of a resumed run its own",
+        SPEED,
+        choices=(*PRECISIONS, AUTO),
+    )
     fp16: bool = option(False, "the same as --precision fp16", SPEED, authors=True)
     loss_scale: float = option(
         0.0, "first loss scale of fp16, a power of two; 0 for 65536", SPEED, authors=True, at_least=0
@@ -285,7 +290,8 @@ class TrainOptions:
         place, parts = PurePath(self.name), self.gradient_accumulation_steps
         is_below = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
         self._require(is_below, "name", "the name of a folder below output_dir")
-        self._require(not (self.fp16 and self.precision == "bf16"), "precision", "fp16 (or left out) with fp16=True")
+        is_one = not self.fp16 or self.precision in ("fp16", "fp32")
+        self._require(is_one, "precision", "fp16 (or left out) with fp16=True")
         held_out = bool(self.val_split) and self.eval_split == "val"
         self._require(not held_out, "eval_split", "another than val, which with val_split is what that holds out")
         divides = self.train_batch_size % parts == 0
@@ -342,7 +348,7 @@ class TrainOptions:
 
     @property
     def autocast_precision(self) -> str:
-        """fp32, bf16 or fp16; the authors' flag --fp16 means fp16."""
+        """fp32, bf16 or fp16; the authors' flag --fp16 means fp16. auto, as long as a run has not settled on one."""
         return "fp16" if self.fp16 else self.precision
 
     def model_fields(self, num_classes: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The largest batch that fits a memory, and the images per second to expect: what `ffvt plan` prints."""
+"""The largest batch that fits a memory, and the speed to expect: what `ffvt plan` prints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ffvt.errors import require
 from ffvt.model.config import FFVTConfig, make_config
 from ffvt.model.cost import flops_per_image, num_parameters
 from ffvt.model.registry import is_timm
-from ffvt.precision import dtype_of
+from ffvt.precision import AUTO
+from ffvt.rates import fastest_precision, matmul_rates, rates_line
 from ffvt.train.memory import Memory, training_memory
 from ffvt.train.options import TrainOptions
-from ffvt.train.throughput import measure_matmul_flops
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -31,6 +31,8 @@ EFFICIENCY = {"ffvt": 0.70, "vit": 0.55, "transfg": 0.55}  # by the kind of mode
 NAMES = {"ffvt": "FFVT", "transfg": "TransFG", "vit": "plain ViT"}
 MEASURED_ON = "ViT-B/16 at 448, bf16, 2 CPU cores; not measured on a GPU yet"
 MAX_BATCH = 1 << 20
+PRODUCTS = "  products alone, the rest on top"  # a row of the table
+ALONE = "products alone: an estimate from below, at the whole rate of matrix products"
 GRADIENTS = "gradients: of those there are at the peak, which is early in the backward"
 
 
@@ -146,7 +148,7 @@ def describe_plan(
     Args:
         options: those of the run; its device need not be here.
         memory: of the device, such as "24GiB"; empty for what is free here.
-        tflops: matmul rate of the device, TFLOP/s; None to measure it here.
+        tflops: matmul rate of the device in the run's precision, TFLOP/s; None to measure the rates here.
         efficiency: fraction of it that training reaches; None for what was measured on a CPU.
         num_classes: classes.
         json: a JSON object instead of a table.
@@ -168,8 +170,15 @@ def describe_plan(
     is_counted = plain.backbone is None
     require(is_counted, "plan", "model_type", "a plain ViT's size: the hybrid is not counted", options.model_type)
     available = parse_bytes(memory) if memory else free_memory(torch.device(device))
+    rates = matmul_rates(device) if tflops is None else {}
     precision = options.autocast_precision
-    rate = measure_matmul_flops(torch.device(device), dtype_of(precision)) if tflops is None else tflops * 1e12
+    if precision == AUTO:
+        must = "fp32, bf16 or fp16 with tflops, which is the rate of one of them"
+        require(bool(rates), "plan", "precision", must, precision)
+        precision = fastest_precision(rates, device, options.fsdp)
+    can = f"one of {', '.join(rates)}, in which this device multiplies"
+    require(not rates or precision in rates, "plan", "precision", can, precision)
+    rate = rates[precision] if tflops is None else tflops * 1e12
     choices = (options.optimizer, precision, options.ema_decay > 0, efficiency, device)
     other = {"head": "transfg"} if options.head == "transfg" else {"feature_fusion": True}
     selects = options.feature_fusion or options.head == "transfg"
@@ -183,23 +192,25 @@ def describe_plan(
                 raise
     name = NAMES[options.head]
     if json:
-        return to_json(
-            {key: found and asdict(found) for key, found in zip((options.head, "plain_vit"), plans.values())}
-        )
+        found = {key: one and asdict(one) for key, one in zip((options.head, "plain_vit"), plans.values())}
+        return to_json({"precision": precision, "matmul_rates": rates, **found})
+    shown = f"{precision} (auto)" if options.precision == AUTO else precision
     title = (
-        f"{options.model_type} at {options.img_size} px, {precision}, {options.optimizer}, {device}, "
+        f"{options.model_type} at {options.img_size} px, {shown}, {options.optimizer}, {device}, "
         f"{USABLE:.0%} of {available / 2**30:.1f} GiB; memory at the peak of a step"
     )
     fractions = " and ".join(f"{found.efficiency:.0%}" for found in plans.values() if found)
     source = "measured here" if tflops is None else "given"
     reached = f"reached on {MEASURED_ON}" if efficiency is None else "given"
     basis = f"{fractions} of {rate / 1e12:.3g} TFLOP/s of matmul ({source}); fraction {reached}."
-    return f"{title}\n{_table(list(plans.values()), name, options)}\n{GRADIENTS}\nimages/s: {basis}"
+    measured = f"{rates_line(rates, device, options.fsdp)}\n" if rates else ""
+    table = _table(list(plans.values()), name, options)
+    return f"{title}\n{table}\n{GRADIENTS}\n{measured}images/s and times: {basis}\n{ALONE}"
 
 
 def _table(plans: list[Plan | None], name: str, options: TrainOptions) -> str:
-    """The plans of an FFVT or TransFG, the name, and of the plain ViT side by side, with the time that a run of so many
-    steps takes."""
+    """The plans of an FFVT or TransFG, the name, and of the plain ViT side by side, with the time that a step and a run
+    of so many take, and below each what its matrix products alone take at the whole rate."""
     rows = [("", name, NAMES["vit"])]
 
     def add(name: str, show: Callable[[Plan], str]) -> None:
@@ -211,8 +222,13 @@ def _table(plans: list[Plan | None], name: str, options: TrainOptions) -> str:
         add(f"  {part.replace('_', ' ')}, GiB", lambda p, part=part: f"{getattr(p.memory, part) / 2**30:.2f}")
     add("GFLOP an image, forward and backward", lambda p: f"{p.flops_per_image / 1e9:.0f}")
     add("images/s expected", lambda p: f"{p.images_per_second:.3g}")
+
+    def add_time(name: str, images: int, unit: int) -> None:
+        add(name, lambda p: f"{images / p.images_per_second / unit:.3g}")
+        add(PRODUCTS, lambda p: f"{images * p.flops_per_image / p.matmul_flops / unit:.3g}")
+
+    batch = options.train_batch_size
+    add_time(f"a step of {batch}, seconds", batch, 1)
     if options.epochs is None:  # else the number of steps depends on the images, which are not opened
-        images = options.num_steps * options.train_batch_size
-        name = f"{options.num_steps} steps of {options.train_batch_size}, hours"
-        add(name, lambda p: f"{images / p.images_per_second / 3600:.3g}")
+        add_time(f"{options.num_steps} steps of {batch}, hours", options.num_steps * batch, 3600)
     return "\n".join(f"{name:<38}{ffvt:>10}{plain:>12}" for name, ffvt, plain in rows)

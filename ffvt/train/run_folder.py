@@ -73,9 +73,9 @@ class RunFolder:
         opened.enter_context(only_writer(self.path))
 
     @property
-    def is_resumed(self) -> bool:
-        """Whether `start` will restore a checkpoint."""
-        return self._start.checkpoint is not None
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that `start` will restore, or None."""
+        return self._start.checkpoint
 
     def start(self, state: TrainState, data: Data, facts: dict[str, Any]) -> None:
         """Restores `state` from the checkpoint to resume from, if there is one, and opens the log, which gets `facts`.

@@ -1,12 +1,8 @@
-"""Images per second of a run, and operations per second of a machine's matrix products."""
+"""Images per second of a run."""
 
 from __future__ import annotations
 
 import time
-
-import torch
-
-SLOW_PRODUCT = 0.02  # seconds
 
 
 class Throughput:
@@ -28,29 +24,3 @@ class Throughput:
         rate = self.images / (time.perf_counter() - self.since)
         self.restart()
         return rate
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of large matrix products on this device: the best of a few, in well under a second."""
-    best = 0.0
-    generator = torch.Generator(device).manual_seed(0)  # its own: the caller's random numbers stay as they are
-    for side in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
-        a = torch.randn(side, side, device=device, generator=generator).to(dtype)  # constants would flatter a GPU
-        seconds = min(_seconds_of_product(a, a) for _ in range(5))
-        best = max(best, 2 * side**3 / seconds)
-        if seconds > SLOW_PRODUCT:  # a CPU without instructions for this type: the next side would take 8 times as long
-            break
-    return best
-
-
-def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    _wait_for(a.device)
-    start = time.perf_counter()
-    a @ b
-    _wait_for(a.device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -162,6 +163,7 @@ def test_a_run_tells_what_it_trains_and_shows_every_step_where_no_terminal_is(tm
     assert "model: vit_s16, FFVT, 3 tokens picked by each block, 0.0 M parameters, images of 64 pixels" in said
     assert "data: partbirds, 1,500 training, 300 test images, 9 classes" in said
     assert "schedule: 3 steps of 8 images, 0.0 epochs, in fp32 on the CPU" in said
+    assert re.search(r"products: fp32 \S+, bf16 \S+, fp16 \S+ [GT]FLOP/s; (fp32|bf16) trains fastest here\n", said)
     assert "note: warmup_steps=4 is not below num_steps=3" in said
     assert [f"step {step} of 3, epoch 0.0" in said for step in (1, 2, 3)] == [True] * 3
     assert "images/s, 0 s left" in said

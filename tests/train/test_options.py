@@ -48,6 +48,7 @@ def test_every_flag_of_the_contract_parses():
         (["--learning_rate", "-1"], "got learning_rate=-1.0"),
         (["--smoothing_value", "1"], "got smoothing_value=1.0"),
         (["--fp16", "--precision", "bf16"], "got precision='bf16'"),
+        (["--fp16", "--precision", "auto"], "fp16 (or left out) with fp16=True; got precision='auto'"),
         (["--dataset", "imagenet"], "imagenet"),
         (["--max_grad_norm", "inf"], "max_grad_norm must be finite; got max_grad_norm=inf"),
         (["--name", ".."], "got name='..'"),
@@ -180,3 +181,11 @@ def test_steps_given_later_replace_epochs_given_before(tmp_path):
     assert parse_training_flags(["--recipe", "finetune", "--config", str(tmp_path / "k.yaml")]).epochs is None
     assert parse_training_flags(["--num_steps", "7", "--epochs", "2"]).in_steps(8, 1).num_steps == 2
     assert parse_training_flags(["--recipe", "finetune", "--epochs", "3"]).epochs == 3
+
+
+def test_auto_goes_with_recipes_files_and_sharding(tmp_path):
+    assert parse_training_flags(["--recipe", "cub", "--precision", "auto"]).precision == "auto"
+    file = tmp_path / "config.yaml"
+    file.write_text("precision: auto\nfsdp: true\n")
+    assert parse_training_flags(["--recipe", "cub", "--config", str(file)]).precision == "auto"
+    assert parse_training_flags(["--config", str(file), "--precision", "bf16"]).precision == "bf16"

@@ -8,6 +8,7 @@ import torch
 from ffvt.cli import main
 from ffvt.model.config import make_config
 from ffvt.model.cost import flops_per_image
+from ffvt.train import plan as plan_module
 from ffvt.train.flags import parse_training_flags
 from ffvt.train.memory import training_memory
 from ffvt.train.plan import (
@@ -188,3 +189,51 @@ def test_a_whole_runs_time_is_told(capsys):
     assert [float(hours) for hours in rows["7200 steps of 10, hours"]] == pytest.approx(
         [20 / rate for rate in rates], rel=0.01
     )
+
+
+HALF = {"fp32": 160e9, "bf16": 84e9, "fp16": 158e9}
+TWICE = {"fp32": 100e9, "bf16": 200e9, "fp16": 2e9}
+
+
+@pytest.mark.parametrize(("rates", "fastest"), [(HALF, "fp32"), (TWICE, "bf16")])
+def test_auto_is_planned_at_the_measured_rate_of_the_fastest(rates, fastest, monkeypatch, capsys):
+    monkeypatch.setattr(plan_module, "matmul_rates", lambda device: rates)
+    flags = ["plan", "--model_type", "vit_s16", "--img_size", "224", "--memory", "8GiB", "--device", "cpu"]
+    shown = []
+    for precision in ("auto", fastest):
+        assert main([*flags, "--precision", precision, "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert (shown[0]["precision"], shown[0]["matmul_rates"]) == (fastest, rates)
+    assert shown[0]["ffvt"]["matmul_flops"] == rates[fastest]
+    assert main([*flags, "--precision", "auto"]) == 0
+    told = capsys.readouterr().out
+    assert f"{fastest} (auto), sgd" in told
+    assert f"GFLOP/s; {fastest} trains fastest here\n" in told
+
+
+def test_the_time_of_products_alone_is_their_operations_at_the_measured_rate(monkeypatch, capsys):
+    monkeypatch.setattr(plan_module, "matmul_rates", lambda device: HALF)
+    flags = ["plan", "--model_type", "vit_s16", "--img_size", "224", "--memory", "8GiB", "--device", "cpu"]
+    assert main([*flags, "--precision", "bf16", "--train_batch_size", "10", "--num_steps", "7200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    seconds, alone, hours, alone_hours = ([float(v) for v in line[38:].split()] for line in lines[13:17])
+    assert lines[13].startswith("a step of 10, seconds")
+    assert lines[14].startswith("  products alone, the rest on top")
+    for fusion, step, products in zip((True, False), seconds, alone):
+        config = make_config("vit_s16", image_size=224, feature_fusion=fusion)
+        flops = flops_per_image(config, training=True, recomputation=True)
+        assert products == pytest.approx(10 * flops / 84e9, rel=0.01)
+        assert products / step == pytest.approx(EFFICIENCY[config.kind], rel=0.01)
+    assert hours == pytest.approx([2 * s for s in seconds], rel=0.01)
+    assert alone_hours == pytest.approx([2 * s for s in alone], rel=0.01)
+    assert lines[-1] == "products alone: an estimate from below, at the whole rate of matrix products"
+
+
+def test_auto_needs_the_rates_of_this_machine(monkeypatch, capsys):
+    assert planned("--precision", "auto", "--memory", "8GiB", "--device", "cpu") == 1
+    assert "plan: precision must be fp32, bf16 or fp16 with tflops" in capsys.readouterr().err
+    monkeypatch.setattr(plan_module, "matmul_rates", lambda device: {"fp32": 1e12})
+    flags = ["plan", "--model_type", "vit_s16", "--memory", "8GiB", "--device", "cpu"]
+    assert main([*flags, "--precision", "bf16"]) == 1
+    assert "must be one of fp32, in which this device multiplies; got precision='bf16'" in capsys.readouterr().err

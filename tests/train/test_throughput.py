@@ -1,13 +1,8 @@
-"""Images per second of a run, and the rate of matrix products."""
+"""Images per second of a run."""
 
 import time
 
-import pytest
-import torch
-
-from ffvt.train.throughput import Throughput, measure_matmul_flops
-
-CPU = torch.device("cpu")
+from ffvt.train.throughput import Throughput
 
 
 def test_images_are_counted_against_the_clock_and_forgotten(monkeypatch):
@@ -21,11 +16,3 @@ def test_images_are_counted_against_the_clock_and_forgotten(monkeypatch):
     throughput.restart()  # at 20: what came before does not count
     throughput.count(6)
     assert throughput.take() == 6 / 4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_measuring_is_quick_on_every_type_and_leaves_random_numbers_alone(dtype):
-    before, started = torch.get_rng_state(), time.perf_counter()
-    assert 1e7 < measure_matmul_flops(CPU, dtype) < 1e15
-    assert time.perf_counter() - started < 10  # one side of 1024 takes 2 s in fp16 on some CPUs
-    assert torch.equal(before, torch.get_rng_state())
