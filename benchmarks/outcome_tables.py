@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from benchmarks.devices import device_label
+from benchmarks.devices import cpu_and_threads, device_label
 from benchmarks.tables import Record, grouped, table
 
 
@@ -63,6 +63,32 @@ def render_criteria(records: Iterable[Record]) -> str:
         header = ["criterion", "accuracy", "deviation of a run", "range", "hit rate", "runs"]
         tables.append(f"{caption}\n\n{table(header, 'lrrrrr', rows)}")
     return "\n\n".join(tables)
+
+
+def render_profiles(records: Iterable[Record]) -> str:
+    """Markdown: a table for each device and setting; a row per operator that takes a hundredth of a column's time."""
+
+    def of_table(record: Record) -> tuple[str, str]:
+        return cpu_and_threads(record["environment"]), record["parameters"]
+
+    return "\n\n".join(_profile_table(*key, found) for key, found in grouped(records, of_table).items())
+
+
+def _profile_table(device: str, parameters: str, records: Iterable[Record]) -> str:
+    latest = {(record["dtype"], record["mode"]): record for record in records}
+    where = list(latest.values())[-1]["environment"]
+    caption = f"**{device}; {parameters}.** torch {where['torch']}, commit {where['commit']}."
+    operators = dict.fromkeys(
+        name for record in latest.values() for name, share in record["operators"].items() if share >= 0.01
+    )
+    columns = []
+    for record in latest.values():
+        shares = [record["operators"].get(name, 0) for name in operators]
+        cells = [f"{record['milliseconds']['median']:,.0f}", f"{record['share_of_peak']:.2f}"]
+        columns.append([*cells, *(f"{share:.1%}" if share else "-" for share in [*shares, 1 - sum(shares)])])
+    names = ["time, ms", "share of the matmul peak", *(f"`{name}`" for name in operators), "all others"]
+    header = ["", *(f"{dtype} {mode}" for dtype, mode in latest)]
+    return f"{caption}\n\n{table(header, 'l' + 'r' * len(latest), list(zip(names, *columns)))}"
 
 
 def render_counts(records: Iterable[Record]) -> str:

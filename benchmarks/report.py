@@ -7,8 +7,8 @@ Reads benchmarks/results/*.jsonl and fills the text between `<!-- bench:NAME -->
 benchmark NAME found, on the one page that has it. One table per device, dtype and set of parameters; in it the latest
 line of each mode and rival wins. Lines of another CPU add tables of their own, and from two CPUs on a table with a
 column for each stands before them. Lines with `top1` make a table of accuracies, a column per seed; lines with `ratios`
-one of error ratios; lines with `tried` one of counts; lines with `criterion` one of criteria. Other lines are passed
-over.
+one of error ratios; lines with `tried` one of counts; lines with `criterion` one of criteria; lines with `operators`
+one of the operators' shares of time. Other lines are passed over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from pathlib import Path
 
 from benchmarks.cpu_columns import render_cpu_columns
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.outcome_tables import render_accuracies, render_counts, render_criteria, render_error_ratios
+from benchmarks.outcome_tables import (
+    render_accuracies,
+    render_counts,
+    render_criteria,
+    render_error_ratios,
+    render_profiles,
+)
 from benchmarks.tables import Record, grouped
 from benchmarks.timing_tables import render, render_attention
 
@@ -44,7 +50,7 @@ def read_results(folder: Path) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ReportError(f"report: {path.name}:{number} is not JSON: {error}") from error
-            if {"time_ms", "top1", "ratios", "tried", "criterion"} & record.keys():
+            if {"time_ms", "top1", "ratios", "tried", "criterion", "operators"} & record.keys():
                 records.append(record)
     if not records:
         raise ReportError(f"report: no results in {folder.name}/*.jsonl; run python -m benchmarks.bench_model first")
@@ -64,6 +70,8 @@ def renderer(record: Record) -> Callable[[Sequence[Record]], str]:
         return render_counts
     if "criterion" in record:
         return render_criteria
+    if "operators" in record:
+        return render_profiles
     if "gflops" in record:
         return render_attention
     return render if "time_ms" in record else render_accuracies
