@@ -4,7 +4,7 @@
         [--dtype bf16] [--device cpu] [--rounds 10] [--threads 2] [--out FILE] [--rivals NAME ...] [--quick]
 
 Rivals: the authors' eager form; "composition", our model with every row computed and on plain PyTorch operators; ours
-as it comes; timm's plain ViT of the same size; our plain ViT. The fusion models share one set of weights, the plain
+as it comes; timm's plain ViT of the same size; our plain ViT; where asked for, ours by torch.compile. The fusion models share one set of weights, the plain
 ones another. Before any timing the gate compares logits, picks and gradients in fp32 at a small image size.
 
 forward: eval mode, no_grad. step: forward, cross entropy in fp32, backward, SGD with momentum 0.9, gradients dropped.
@@ -43,7 +43,7 @@ from benchmarks.harness import (
     stamp,
 )
 from benchmarks.memory import peak_memory
-from benchmarks.model_rivals import FUSION, PLAIN, TIMM, backend_of, build_rival
+from benchmarks.model_rivals import FUSION, OURS_COMPILED, PLAIN, TIMM, backend_of, build_rival
 from benchmarks.timing_tables import render_table
 from ffvt.model.config import make_config
 from ffvt.precision import PRECISIONS, autocast
@@ -249,7 +249,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_select", type=int, default=12)
     parser.add_argument("--dtype", choices=PRECISIONS, default="bf16")
-    parser.add_argument("--rivals", nargs="+", choices=(*FUSION, *PLAIN), default=(*FUSION, *PLAIN))
+    parser.add_argument("--rivals", nargs="+", choices=(*FUSION, *PLAIN, OURS_COMPILED), default=(*FUSION, *PLAIN))
     parser.add_argument("--skip_memory", action="store_true", help="no second pass for peak memory")
     arguments = parser.parse_args(argv)
     if not {EAGER, TIMM} <= set(arguments.rivals):

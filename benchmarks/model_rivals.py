@@ -15,6 +15,7 @@ from benchmarks.authors_eager import AuthorsEagerFFVT
 
 TIMM, OURS_PLAIN = "timm plain ViT", "ours, plain ViT"
 FUSION, PLAIN = (EAGER, COMPOSITION, OURS), (TIMM, OURS_PLAIN)
+OURS_COMPILED = "ours, compiled"  # ours, by torch.compile; only where it is asked for, as it takes a minute to compile
 
 
 def build_rival(name: str, config: ffvt.FFVTConfig) -> nn.Module:
@@ -30,7 +31,10 @@ def build_rival(name: str, config: ffvt.FFVTConfig) -> nn.Module:
     eager = AuthorsEagerFFVT(config)
     if name == EAGER:
         return eager
-    return _loaded(ffvt.FFVT(dataclasses.replace(config, prune_dead_rows=name == OURS)), eager)
+    model = _loaded(ffvt.FFVT(dataclasses.replace(config, prune_dead_rows=name != COMPOSITION)), eager)
+    if name == OURS_COMPILED:
+        model.compile()
+    return model
 
 
 def _loaded(model: ffvt.ViT, source: nn.Module) -> ffvt.ViT:
