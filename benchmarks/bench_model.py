@@ -4,8 +4,9 @@
         [--dtype bf16] [--device cpu] [--rounds 10] [--threads 2] [--out FILE] [--rivals NAME ...] [--quick]
 
 Rivals: the authors' eager form; "composition", our model with every row computed and on plain PyTorch operators; ours
-as it comes; timm's plain ViT of the same size; our plain ViT; where asked for, ours by torch.compile. The fusion models share one set of weights, the plain
-ones another. Before any timing the gate compares logits, picks and gradients in fp32 at a small image size.
+as it comes; timm's plain ViT of the same size; our plain ViT; where it is asked for, ours by torch.compile. The fusion
+models share one set of weights, the plain ones another. Before any timing the gate compares logits, picks and gradients
+in fp32 at a small image size.
 
 forward: eval mode, no_grad. step: forward, cross entropy in fp32, backward, SGD with momentum 0.9, gradients dropped.
 bf16 and fp16 mean autocast; the weights are fp32 throughout, and no loss scale is used.
