@@ -65,8 +65,8 @@ def force_products(operands: str) -> None:
 
 def take_products(operands: str) -> None:
     """`force_products`, but for what FFVT_CPU_PRODUCTS forces and for what this CPU cannot do."""
-    forced = os.environ.get(PRODUCTS_VARIABLE, "auto") != "auto"
-    if not forced and (operands == "fp32" or KERNELS.product_rates()[0] > 0):
+    forced = os.environ.get(PRODUCTS_VARIABLE) or "auto"
+    if forced == "auto" and (operands == "fp32" or KERNELS.product_rates()[0] > 0):
         force_products(operands)
 
 

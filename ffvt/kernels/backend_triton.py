@@ -12,7 +12,7 @@ from triton import knobs
 
 from ffvt.kernels.attention_stats_triton import attention_stats_forward
 from ffvt.kernels.attention_vecmat_triton import attention_vecmat_forward
-from ffvt.kernels.backend_torch import augment  # element by element: PyTorch's own kernels do it
+from ffvt.kernels.backend_torch import augment, dropout  # element by element: PyTorch's own kernels do it
 from ffvt.kernels.gather_tokens_triton import gather_tokens_backward, gather_tokens_forward
 from ffvt.kernels.maws_attention_backward_triton import maws_attention_backward
 from ffvt.kernels.maws_attention_triton import maws_attention_forward
@@ -24,6 +24,7 @@ __all__ = [
     "attention_stats_forward",
     "attention_vecmat_forward",
     "augment",
+    "dropout",
     "gather_tokens_backward",
     "gather_tokens_forward",
     "maws_attention_backward",
@@ -46,7 +47,7 @@ def unsupported(operator: str, *tensors: Tensor) -> list[str]:
     """Reasons why this backend cannot serve a call."""
     first = tensors[0]
     reasons = _device_reasons(first)
-    if operator == "augment":
+    if operator in ("augment", "dropout"):
         return reasons
     if first.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype must be fp16, bf16 or fp32; got {first.dtype}")

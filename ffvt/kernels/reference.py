@@ -156,7 +156,8 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     first = _mix((place & _WORD) ^ ((low + _mix(place >> 32)) & _WORD))
     stays = _mix((first + high) & _WORD) >= min(int(p * 2**32), _WORD)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (stays / (1 - p)).to(wide.dtype).view(x.shape)).to(x.dtype)
+    factors = stays.to(wide.dtype) * (1 / (1 - p))  # the quotient is rounded to fp32 once, as in C++
+    return (wide * factors.view(x.shape)).to(x.dtype)
 
 
 _WORD = 2**32 - 1

@@ -53,6 +53,13 @@ def test_operands_that_cannot_be_taken_are_named(monkeypatch, caplog):
     assert f"multiplied with {OTHER[own]} operands before and is now with {own} (FFVT_CPU_PRODUCTS" in caplog.text
 
 
+def test_an_empty_variable_forces_nothing(monkeypatch):
+    own = backends.cpu_products()
+    monkeypatch.setenv("FFVT_CPU_PRODUCTS", "")
+    keep_products(OTHER[own], "bf16", ALONE)
+    assert backends.cpu_products() == OTHER[own]
+
+
 def test_runs_without_such_products_and_old_checkpoints_say_nothing(caplog):
     own = backends.cpu_products()
     keep_products(OTHER[own], "fp32", ALONE)
