@@ -134,7 +134,7 @@ void force_products(const std::string& operands) {
   } else {
     TORCH_CHECK_VALUE(operands == "bf16", "products must be bf16, fp32 or auto; got ", operands);
     TORCH_CHECK_VALUE(product_rates().bf16 > 0, "products must be fp32 or auto, as this CPU or this build does not ",
-                      "multiply bf16; got ", operands);
+                      "multiply bf16, or oneDNN is switched off (torch.backends.mkldnn); got ", operands);
     forced = Operands::kBf16;
   }
 }

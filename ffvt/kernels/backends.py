@@ -199,8 +199,8 @@ def cpu_products() -> str | None:
 
 
 def set_cpu_products(operands: str) -> None:
-    """Has the C++ kernels multiply bf16 tensors with "bf16" or "fp32" operands, unless FFVT_CPU_PRODUCTS says which or
-    the CPU does not multiply bf16: `cpu_products` tells."""
+    """Has the C++ kernels multiply bf16 tensors with "bf16", "fp32" or the faster ("auto") operands, unless
+    FFVT_CPU_PRODUCTS says which or the CPU does not multiply bf16: `cpu_products` tells."""
     _load("cpp").take_products(operands)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ffvt.model.registry import config_of, load_weights, model_of
-from ffvt.train.cpu_products import agree_on_products, keep_products, products_of
+from ffvt.train.cpu_products import choose_products, keep_products, products_of
 from ffvt.train.distributed import World
 from ffvt.train.evaluate import Score
 from ffvt.train.fit import check_tensors, part_of
@@ -66,7 +66,7 @@ class TrainState:
         self.best_step = self.evaluated_step = 0
         self.last: Score | None = None
         self.best: Score | None = None
-        agree_on_products(options.autocast_precision, world)
+        choose_products(options.autocast_precision, world)
         seed_everything(options.seed + world.rank)  # the weights are the same on every rank, the dropout masks are not
 
     @property

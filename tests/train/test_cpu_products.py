@@ -7,7 +7,7 @@ import torch
 
 from ffvt.kernels import backends
 from ffvt.train.checkpoint import checkpoints
-from ffvt.train.cpu_products import agree_on_products, keep_products, products_of
+from ffvt.train.cpu_products import choose_products, keep_products, products_of
 from ffvt.train.distributed import World
 from ffvt.train.engine import train
 from tests import faults
@@ -32,11 +32,17 @@ def _choice_given_back(monkeypatch):
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp32"])
-def test_a_resumed_run_takes_the_operands_of_its_checkpoint_and_ends_with_the_same_bits(tmp_path, operands):
+def test_a_resumed_run_takes_the_operands_of_its_checkpoint_and_ends_with_the_same_bits(
+    tmp_path, operands, monkeypatch
+):
+    from ffvt.kernels import backend_cpp
+
     settings = dict(precision="bf16", num_steps=4)
-    backends.set_cpu_products(operands)
-    whole = train(faults.options(tmp_path, "whole", **settings))
-    train(faults.options(tmp_path, "parts", precision="bf16", num_steps=2))
+    with monkeypatch.context() as forced:
+        forced.setenv("FFVT_CPU_PRODUCTS", operands)
+        backend_cpp.force_products(operands)
+        whole = train(faults.options(tmp_path, "whole", **settings))
+        train(faults.options(tmp_path, "parts", precision="bf16", num_steps=2))
     state = json.loads((checkpoints(tmp_path / "parts")[-1] / "state.json").read_text())
     assert state["cpu_products"] == operands
     backends.set_cpu_products(OTHER[operands])
@@ -73,5 +79,19 @@ def test_all_ranks_take_the_operands_of_the_main_one(monkeypatch):
     own = backends.cpu_products()
     world = World(1, 2, torch.device("cpu"))
     monkeypatch.setattr(World, "gather", lambda self, value: [OTHER[own], value])
-    agree_on_products("bf16", world)
+    choose_products("bf16", world)
     assert backends.cpu_products() == OTHER[own]
+
+
+def test_a_new_run_does_not_take_what_an_earlier_one_in_the_process_took():
+    own = backends.cpu_products()
+    keep_products(OTHER[own], "bf16", ALONE)
+    assert backends.cpu_products() == OTHER[own]
+    choose_products("bf16", ALONE)
+    assert backends.cpu_products() == own
+
+
+def test_kernels_that_are_gone_are_named(monkeypatch, caplog):
+    monkeypatch.setattr("ffvt.train.cpu_products.cpu_products", lambda: None)
+    keep_products("bf16", "bf16", ALONE)
+    assert "the C++ kernels served before and do not now" in caplog.text
