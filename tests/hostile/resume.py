@@ -44,7 +44,7 @@ STATE = {  # key -> bad values
     "schedule_steps": [ABSENT, -3, 5, "4"],
     "scaler": [None, [], {"scale": 0}, {"scale": 65536.0}, {"scale": -1.0}, {"scal": 1.0}],
     "averaged_steps": [-1, 9, 2.5],
-    "meter": [ABSENT, [], [0.0] * 4, [0.0] * 6, [0] * 10**6, [-1.0] * 5, ["0"] * 5, None],
+    "meter": [ABSENT, [], [0.0] * 4, [0.0] * 7, [0] * 10**6, [-1.0] * 5, ["0"] * 5, None],
     "last": [{}, 3, "x", None],
     "last.top1": [-0.5, 1.5, "1", ABSENT],
     "last.count": [0, -1],
