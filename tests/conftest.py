@@ -33,12 +33,14 @@ def backend(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Large shapes are slow in Triton's interpreter, where the smaller ones take the same path; and a graph of dynamic
-    shapes is the same graph whatever backend serves its operators."""
+    """Slow in Triton's interpreter: large shapes, where the smaller ones take the same path; packed gradients, where
+    separate ones do; what is compiled, which is the same graph whatever backend serves its operators; criteria in fp16,
+    which are formulas over what the kernels give."""
     for item in items:
         names = set(item.callspec.id.split("-") if hasattr(item, "callspec") else ())
-        dynamic = bool(names) and item.callspec.params.get("dynamic", False)
-        if "triton" in names and (names & {"real", "prime"} or dynamic):
+        compiled = bool(names) and "dynamic" in item.callspec.params
+        criterion = item.path.name == "test_criteria.py" and "torch.float16" in names
+        if "triton" in names and (names & {"real", "prime", "packed"} or compiled or criterion):
             item.add_marker(pytest.mark.slow)
 
 

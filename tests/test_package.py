@@ -22,6 +22,7 @@ def test_the_operators_are_registered_whichever_is_imported_first(order):
     subprocess.run([sys.executable, "-c", f"import {order}; torch.ops.ffvt.maws_attention"], check=True)
 
 
+@pytest.mark.slow
 def test_a_saved_program_loads_where_the_package_was_imported_first(tmp_path):
     save = (
         "import torch, ffvt\n"

@@ -16,7 +16,8 @@ served = pytest.mark.skipif(bool(REASON), reason=f"the C++ backend cannot serve:
 
 
 @served
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_statistics_benchmark_writes_every_operator_and_rival(dtype, tmp_path):
     out = tmp_path / "attention_stats.jsonl"
     threads = str(torch.get_num_threads())

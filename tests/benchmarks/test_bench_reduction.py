@@ -17,6 +17,7 @@ def config(**changes):
     return make_config("vit_b16", num_select=3, keep_rate=0.7, **{**QUICK, **changes})
 
 
+@pytest.mark.slow
 def test_it_writes_every_model_at_both_rates(tmp_path, capsys):
     out, threads = tmp_path / "reduction.jsonl", str(torch.get_num_threads())
     options = ["--rounds", "2", "--batch_size", "1", "--threads", threads, "--dtypes", "fp32", "--num_select", "3"]

@@ -115,7 +115,7 @@ USAGE_CASES = (
 ERROR_CASES = (
     ("train --dataset imagefolder --data_root nowhere", "nowhere"),
     ("train --dataset CUB --data_root nowhere", "nowhere"),
-    (f"train {BIRDS} --img_size 100", "img_size=100"),
+    (f"train {BIRDS} --img_size 100", "image_size=100"),
     (f"train {BIRDS} --preset odd", "preset='odd'"),
     (f"train {BIRDS} --feature_fusion --num_token 0", "num_select=0"),
     (f"train {BIRDS} --feature_fusion --num_token 5000", "num_select=5000"),

@@ -109,7 +109,7 @@ def test_ones_add_up_columns_and_a_sign_passes_through():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinity on purpose, in the interpreter's NumPy
 @pytest.mark.parametrize("weight", [torch.inf, torch.nan])
-@pytest.mark.parametrize("token", [0, 40, 99])
+@pytest.mark.parametrize("token", [0, pytest.param(40, marks=pytest.mark.slow), 99])
 def test_a_weight_that_is_no_number_reaches_its_own_head_alone(weight, token):
     weights, q, k = inputs(100, 16)
     clean = attention_vecmat_forward(weights, q, k, None, 0.25)

@@ -81,7 +81,10 @@ def test_the_operators_tests_pass_with_each_capability_forced(capability):
         ("FFVT_CPU_CAPABILITY", "sse9", "must be one of avx512_bf16, avx512, avx2; got 'sse9'"),
         ("ATEN_CPU_CAPABILITY", "default", "need x86 with AVX2; got .*PyTorch uses DEFAULT"),
         ("FFVT_CPU_PRODUCTS", "half", "FFVT_CPU_PRODUCTS: products must be bf16, fp32 or auto; got half"),
-        ("FFVT_CPU_PRODUCTS", "bf16", "FFVT_CPU_PRODUCTS: .* this build does not multiply bf16, or .*; got bf16"),
+        pytest.param(
+            *("FFVT_CPU_PRODUCTS", "bf16", "FFVT_CPU_PRODUCTS: .* this build does not multiply bf16, or .*; got bf16"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_capability_that_cannot_be_had_is_named(variable, value, message):
