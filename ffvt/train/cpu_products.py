@@ -11,7 +11,7 @@ log = logging.getLogger("ffvt")
 
 
 def products_of(precision: str, world: World) -> str | None:
-    """ "bf16" or "fp32"; None for a run without such products."""
+    """The operands in use, "bf16" or "fp32"; None for a run without such products."""
     return cpu_products() if precision == "bf16" and world.device.type == "cpu" else None
 
 
