@@ -1,7 +1,7 @@
 // The choice between products of bf16 and of fp32 operands, by their results and by their time.
 //
-// CPUs differ in both: Zen 4 multiplies bf16 at twice the rate of fp32, AMX at eight times, and Xeons whose AMX a
-// virtual machine hides at half. PyTorch has no stable way to ask, and what oneDNN does for a shape depends on the CPU.
+// CPUs differ in both: Zen 4 multiplies bf16 at twice its rate of fp32, AMX at more, and Xeons whose AMX a virtual
+// machine hides at less. PyTorch has no stable way to ask, and what oneDNN does for a shape depends on the CPU.
 
 #include "products.h"
 
